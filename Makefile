@@ -1,0 +1,71 @@
+# make demo    environment + training of a byte-level GPT on 2 processes, beside torch.optim.AdamW in one
+# make test    environment + lint + types + tests
+# make help    the rest
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+NPROC ?= 2
+DEMO ?= runs/demo
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-torch-$(TORCH)
+TRAIN := examples/train_gpt.py
+
+.PHONY: help setup demo test lint types tests format clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY) ## Build .venv: torch, this checkout (editable) and the development tools.
+
+# torch goes first and pinned: asked for as a mere dependency, pip would take whatever release is newest.
+$(READY): pyproject.toml Makefile
+	@test -x $(BIN)/python || { echo "setup: creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@rm -f $(VENV)/.ready-torch-*
+	@echo "setup: installing torch $(TORCH), distadam and its tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check "torch==$(TORCH)"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# Passive: OpenMP threads sleep at their barriers. On an idle machine that costs a tenth, on a busy one spinning costs 3x.
+demo: setup ## Train the GPT on NPROC sharded processes and in one process; curves and tables in runs/demo.
+	@echo; echo "demo 1/2: torch.optim.AdamW, one process"
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python $(TRAIN) --reference --out $(DEMO)/reference
+	@echo; echo "demo 2/2: distadam.AdamW, $(NPROC) processes"
+	@$(BIN)/distadam launch --nproc $(NPROC) $(TRAIN) --out $(DEMO)/sharded --plot-with $(DEMO)/reference
+	@echo; echo "curves: $(DEMO)/sharded/curve.png"
+
+test: setup ## Lint, types and all tests; each runs even when one before it failed.
+	@summary=""; failed=0; \
+	for goal in lint types tests; do \
+	  echo; echo "== make $$goal"; begin=$$SECONDS; result=ok; \
+	  $(MAKE) --no-print-directory $$goal || { result=FAILED; failed=1; }; \
+	  summary+=$$(printf '%-7s %-7s %4d s' $$goal $$result $$((SECONDS - begin)))$$'\n'; \
+	done; \
+	printf '\n== make test\n%s' "$$summary"; exit $$failed
+
+lint: setup ## Style: ruff, and shellcheck where it is installed.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@bash -n launch/*.sh .ci/run
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; else echo "shellcheck: not installed, skipped"; fi
+
+types: setup ## mypy, strict, on the package.
+	@$(BIN)/mypy
+
+tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: setup ## Rewrite the sources as ruff formats them.
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+clean: ## Remove the environment, caches and what runs wrote.
+	@rm -rf $(VENV) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

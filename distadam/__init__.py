@@ -1,0 +1,52 @@
+"""distadam: torch.optim's Adam, AdamW, SGD and RMSprop with state sharded over data-parallel ranks."""
+
+from distadam.api import SGD, Adam, AdamW, RMSprop
+from distadam.comm import RunInfo, broadcast_buffers, init_process_group
+from distadam.errors import (
+    CheckpointError,
+    CommError,
+    ConfigError,
+    CorruptShard,
+    DistAdamError,
+    IncompleteCheckpoint,
+    LayoutMismatch,
+    MissingDependency,
+    NonFiniteError,
+    RankMismatchError,
+    UsageError,
+)
+from distadam.layout import Layout, ParamSpec, Plan, plan
+from distadam.optimizer import ShardedOptimizer
+from distadam.policies import CommPolicy, OffloadPolicy, PrecisionPolicy, ShardPolicy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "CommError",
+    "CommPolicy",
+    "ConfigError",
+    "CorruptShard",
+    "DistAdamError",
+    "IncompleteCheckpoint",
+    "Layout",
+    "LayoutMismatch",
+    "MissingDependency",
+    "NonFiniteError",
+    "OffloadPolicy",
+    "ParamSpec",
+    "Plan",
+    "PrecisionPolicy",
+    "RMSprop",
+    "RankMismatchError",
+    "RunInfo",
+    "ShardPolicy",
+    "ShardedOptimizer",
+    "UsageError",
+    "broadcast_buffers",
+    "init_process_group",
+    "plan",
+]

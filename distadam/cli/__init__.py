@@ -1,0 +1,32 @@
+"""The command line: one file per command, put together here.
+
+The commands are a face on the package: they may import it, nothing in it imports them.
+"""
+
+import typer
+
+from distadam.cli.launch import launch
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="distadam",
+    help="Train with optimizer state sharded over data-parallel processes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Train with optimizer state sharded over data-parallel processes."""
+
+
+# Everything behind the script belongs to the script, options included.
+app.command(context_settings={"allow_interspersed_args": False})(launch)
+
+
+def main() -> None:
+    """Run the ``distadam`` command line; ends the process with the command's exit code."""
+    app()

@@ -1,0 +1,257 @@
+"""Every collective of the optimizer, in one place and counted.
+
+Note [torch 2.13 names]: 2.13 renames ``reduce_scatter_tensor`` / ``all_gather_into_tensor`` to
+``reduce_scatter_single`` / ``all_gather_single`` and warns on the old names; this file picks what is there.
+
+Note [gloo's reduce-scatter]: it is an all-reduce of a copy, and its handle cannot be used: ``is_completed()`` is always
+False and ``wait(timeout)`` ignores the timeout. So the all-reduce is issued here, on the full buffer itself (the caller
+gives it up), and this rank's part is copied out by the first `wait`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distadam.comm.exchange import Exchange, Job
+from distadam.comm.groups import Groups, count_call
+from distadam.comm.shared import Shared, SharedMemory, machine_identity, meet
+from distadam.comm.streams import DONE, Pending, Streams
+from distadam.errors import CommError
+
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_TRAVELLING = ("parameters", "gradient_buffers", "gradient_accumulation")
+
+
+@dataclass(slots=True)
+class CollectiveStats:
+    """Calls and payload bytes of this rank, by operation.
+
+    Payload is what the operation must send from this rank: (n-1)/n of the full buffer for a reduce-scatter or an
+    all-gather over n ranks, the buffer times 2(n-1)/n for an all-reduce. What a backend really sends may be more.
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    payload_nbytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, nbytes: int) -> None:
+        """Count one call."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.payload_nbytes[name] = self.payload_nbytes.get(name, 0) + nbytes
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        self.calls.clear()
+        self.payload_nbytes.clear()
+
+
+class Collectives:
+    """Collectives over the grid shard x replicate. With one rank each of them does nothing and returns at once."""
+
+    def __init__(self, groups: Groups, streams: Streams, timeout_s: float | None = None, reduce: str = "auto") -> None:
+        self.groups = groups
+        self.streams = streams
+        self.stats = CollectiveStats()
+        self._timeout_s = timeout_s
+        self._reduce = reduce
+        self._exchanges: dict[ProcessGroup, Exchange] = {}
+        self.memory: SharedMemory | None = None
+        if reduce in ("auto", "shared") and groups.shard_control is not None and _has_cpu(groups.shard):
+            self.memory = meet(machine_identity(), lambda value: self._swap(value, groups.shard_control))
+
+    def _swap(self, value: Any, group: ProcessGroup | None) -> list[Any]:
+        answers: list[Any] = [None] * dist.get_world_size(group)
+        count_call(group)  # type: ignore[arg-type]
+        try:
+            dist.all_gather_object(answers, value, group=group)
+        except RuntimeError as error:
+            raise CommError(f"looking for ranks on this host failed on rank {self.groups.rank}: {error}") from error
+        return answers
+
+    def empty(self, kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return uninitialised memory; that of buffers that travel is where they travel from."""
+        if self.memory is not None and device.type == "cpu" and kind in _TRAVELLING:
+            return self.memory.empty(numel, dtype)
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def release(self, tensor: Tensor) -> None:
+        """Forget memory from `empty`."""
+        if self.memory is not None:
+            self.memory.release(tensor)
+
+    def transport(self, device: torch.device) -> tuple[str, str]:
+        """Return how bytes of ``device`` travel, and why: "none", "native", "exchange" or "shared"."""
+        data = [group for group in (self.groups.shard, self.groups.replicate) if group is not None]
+        if not data:
+            return "none", "one rank"
+        backends = sorted({group._get_backend(device).name() for group in data} if device.type == "cpu" else set())
+        if self._reduce != "auto":
+            return self._reduce, f'CommPolicy(reduce="{self._reduce}")'
+        if device.type == "cpu" and self.memory is not None:
+            return "shared", "the ranks of the shard group are processes of one host"
+        if backends == ["gloo"]:
+            return "exchange", "gloo's own reduce-scatter sends twice the bytes"
+        return "native", f"the backend of {device.type} tensors has its own"
+
+    def landing_dtype(self, wire: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype in which `reduce_scatter` delivers: exchange adds up in float32 and keeps it."""
+        return torch.promote_types(wire, compute) if self._exchanges_on(device) else wire
+
+    def _exchanges_on(self, device: torch.device) -> bool:
+        return self.transport(device)[0] in ("exchange", "shared")
+
+    def scratch(self) -> list[Tensor]:
+        """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group."""
+        return [tensor for exchange in self._exchanges.values() for tensor in exchange.scratch()]
+
+    def _exchange_over(self, group: ProcessGroup) -> Exchange:
+        if group not in self._exchanges:
+            shared = self.memory is not None and group is self.groups.shard
+            self._exchanges[group] = (
+                Shared(group, self._timeout_s, self.memory)
+                if shared and self.memory is not None
+                else Exchange(group, self._timeout_s)
+            )
+        return self._exchanges[group]
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor, what: str) -> Pending:
+        """Sum ``full`` over all ranks into this rank's ``shard``; never average (contract 2.3.3).
+
+        ``full`` is given up: its content is undefined afterwards. ``shard`` has the `landing_dtype`.
+
+        Collective: every rank of shard x replicate. Syncs: never (waiting for the handle does, on CPU).
+        """
+        groups = self.groups
+        if groups.num_shards == 1:
+            shard.copy_(full)
+        if groups.num_ranks == 1:
+            return DONE
+        exchanges = self._exchanges_on(full.device)
+
+        def scatter() -> Pending:
+            if exchanges:
+                return self._start("reduce_scatter", groups.shard, full, self._exchange_scatter, shard, full, what=what)
+            if _is_gloo(groups.shard, full):
+                start = groups.shard_rank * shard.numel()
+                mine = full[start : start + shard.numel()]
+                return self._start(
+                    "reduce_scatter",
+                    groups.shard,
+                    full,
+                    dist.all_reduce,
+                    full,
+                    what=what,
+                    after=lambda: shard.copy_(mine),
+                )
+            return self._start("reduce_scatter", groups.shard, full, _reduce_scatter, shard, full, what=what)
+
+        def replicate() -> Pending:
+            call = self._exchange_sum if exchanges else dist.all_reduce
+            return self._start("all_reduce", groups.replicate, shard, call, shard, what=what)
+
+        if groups.replicate is None:
+            return self.streams.launch(scatter)
+        if groups.shard is None:
+            return self.streams.launch(replicate)
+        return self.streams.launch_chain(full.device, scatter, replicate)
+
+    def all_gather(self, full: Tensor, shard: Tensor, what: str) -> Pending:
+        """Collect every rank's ``shard`` in ``full``; ``shard`` may be this rank's part of ``full``.
+
+        Collective: every rank of the shard group. Syncs: never (waiting for the handle does, on CPU).
+        """
+        if self.groups.shard is None:
+            if full.data_ptr() != shard.data_ptr():
+                full.copy_(shard)
+            return DONE
+        call = self._exchange_gather if self._exchanges_on(full.device) else _all_gather
+        return self.streams.launch(
+            lambda: self._start("all_gather", self.groups.shard, full, call, full, shard, what=what)
+        )
+
+    def _exchange_scatter(self, shard: Tensor, full: Tensor, *, group: ProcessGroup, async_op: bool) -> Job:
+        return self._exchange_over(group).reduce_scatter(shard, full)
+
+    def _exchange_gather(self, full: Tensor, shard: Tensor, *, group: ProcessGroup, async_op: bool) -> Job:
+        return self._exchange_over(group).all_gather(full, shard)
+
+    def _exchange_sum(self, tensor: Tensor, *, group: ProcessGroup, async_op: bool) -> Job:
+        return self._exchange_over(group).all_reduce(tensor)
+
+    def sum_shards(self, tensor: Tensor, what: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+        """All-reduce ``tensor`` over the shard group, in place: what shards hold once (replicas hold the same)."""
+        if self.groups.shard is None:
+            return DONE
+        return self.streams.launch(
+            lambda: self._start("all_reduce", self.groups.shard, tensor, dist.all_reduce, tensor, op, what=what)
+        )
+
+    def agree(self, votes: Tensor, what: str) -> None:
+        """Combine uint8 CPU ``votes`` by maximum over all ranks, in place.
+
+        Collective: every rank of shard x replicate, over the hosts' own group: no device is waited for.
+        """
+        for group in (self.groups.shard_control, self.groups.replicate_control):
+            if group is not None:
+                self._start("agree", group, votes, dist.all_reduce, votes, dist.ReduceOp.MAX, what=what).wait()
+
+    def broadcast(self, tensor: Tensor, what: str) -> None:
+        """Overwrite ``tensor`` with that of the first rank of shard x replicate."""
+        for group in (self.groups.replicate, self.groups.shard):
+            if group is not None:
+                source = dist.get_global_rank(group, 0)
+                self._start("broadcast", group, tensor, dist.broadcast, tensor, source, what=what).wait()
+
+    def exchange(self, value: Any, what: str) -> list[Any]:
+        """Return every rank's picklable ``value``, by rank of the grid (replicas major). Syncs: the host waits."""
+        values = [value]
+        try:
+            for group in (self.groups.shard_control, self.groups.replicate_control):
+                if group is not None:
+                    gathered: list[Any] = [None] * dist.get_world_size(group)
+                    count_call(group)
+                    dist.all_gather_object(gathered, values, group=group)
+                    values = [item for part in gathered for item in part]
+        except RuntimeError as error:
+            raise CommError(f"{what} failed on rank {self.groups.rank}: {error}") from error
+        return values
+
+    def _start(
+        self,
+        name: str,
+        group: ProcessGroup | None,
+        buffer: Tensor,
+        call: Callable[..., Any],
+        *args: Any,
+        what: str,
+        after: Callable[[], object] | None = None,
+    ) -> Pending:
+        num_ranks = dist.get_world_size(group)
+        factor = {"all_reduce": 2, "agree": 2}.get(name, 1)
+        self.stats.add(name, factor * buffer.nbytes * (num_ranks - 1) // num_ranks)
+        label = f"{name} of {what} on rank {self.groups.rank} of {self.groups.num_ranks}"
+        if group is not None:
+            count_call(group)
+        try:
+            work = call(*args, group=group, async_op=True)
+        except RuntimeError as error:
+            raise CommError(f"{label} could not start: {error}") from error
+        return Pending(work, label, self._timeout_s, after)
+
+
+def _has_cpu(group: ProcessGroup | None) -> bool:
+    return group is not None and torch.device("cpu") in group._device_types and dist.get_backend(group) != "fake"
+
+
+def _is_gloo(group: ProcessGroup | None, tensor: Tensor) -> bool:
+    if group is None or tensor.device.type != "cpu":
+        return False
+    return group._get_backend(tensor.device).name() == "gloo"

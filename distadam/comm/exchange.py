@@ -1,0 +1,314 @@
+"""Reduce-scatter and all-gather by pairwise sends and a local sum.
+
+Note [Exchange]: each rank sends every other rank that one's part and adds what it receives: (n-1)/n of the buffer is
+sent, the least there is, where gloo's own reduce-scatter is an all-reduce. What is received is added in float32
+(float64 for float64), in the order of a fixed binary tree over ranks, so a sum depends neither on arrival nor on
+buckets.
+
+Note [Worker]: gloo's handle of a send or receive cannot be polled, and a wait with a timeout closes the connection. So
+a thread of each optimizer waits: it takes jobs in the order in which they were launched, which is the same on all
+ranks, posts a chunk's sends and receives before it adds up the chunk before, and thereby never needs more than two
+chunks of memory.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+SCRATCH_NBYTES = 16 << 20
+"""Bytes of receive buffers that one optimizer takes at most, whatever it sends."""
+
+_ALIGN = 64
+_BLOCK_NUMEL = 262144  # larger than what a call costs, smaller than what a cache holds
+_MAX_TAG = 1 << 30
+
+_next_tag: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+class Job:
+    """A collective in flight: what torch.distributed calls a work."""
+
+    def __init__(self) -> None:
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._error: Exception | None = None
+
+    def is_completed(self) -> bool:
+        """Say whether waiting would return at once."""
+        return not self._running.locked()
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until the result is there. The timeout is that of each send and receive, which the worker waits for.
+
+        Raises:
+            RuntimeError: names the peer that did not send or receive.
+        """
+        with self._running:
+            pass
+        if self._error is not None:
+            raise RuntimeError(str(self._error)) from self._error
+        return True
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Let `wait` return, or raise."""
+        self._error = error
+        self._running.release()
+
+
+Peers = Sequence[tuple[int, Tensor]]
+
+
+class _Chunk:
+    """A part of a job: sends and receives, then what to do with what has come.
+
+    Args:
+        job: whose part it is.
+        tag: what its messages are matched by.
+        sends: (peer, tensor).
+        receives: returns (peer, tensor), when the chunk before the last one is done.
+        then: what to do with received tensors by peer.
+        last: whether the job is done then.
+        alone: whether the chunk before must be done first.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        tag: int,
+        sends: Peers,
+        receives: Callable[[], Peers],
+        then: Callable[[dict[int, Tensor]], None] | None = None,
+        *,
+        last: bool = True,
+        alone: bool = False,
+    ) -> None:
+        self.job = job
+        self.last = last
+        self.alone = alone
+        self._tag = tag
+        self._sends = sends
+        self._receives = receives
+        self._then = then
+        self._received: dict[int, Tensor] = {}
+        self._works: list[tuple[str, int, Any]] = []
+
+    def post(self, group: ProcessGroup) -> None:
+        """Start all sends and receives."""
+        self._received = dict(self._receives())
+        for peer, tensor in self._received.items():
+            if tensor.numel():
+                self._works.append(("comes from", peer, group.recv([tensor], peer, self._tag)))
+        for peer, tensor in self._sends:
+            if tensor.numel():
+                self._works.append(("goes to", peer, group.send([tensor], peer, self._tag)))
+
+    def finish(self, group: ProcessGroup, timeout: timedelta | None) -> None:
+        """Wait for the receives, use what came, wait for the sends."""
+        incoming = [work for work in self._works if work[0] == "comes from"]
+        outgoing = [work for work in self._works if work[0] == "goes to"]
+        for works, then in ((incoming, self._then), (outgoing, None)):
+            for direction, peer, work in works:
+                try:
+                    work.wait() if timeout is None else work.wait(timeout)
+                except RuntimeError as error:
+                    place = dist.get_global_rank(group, peer)
+                    raise RuntimeError(f"nothing {direction} rank {place}: {error}") from error
+            if then is not None:
+                then(self._received)
+
+
+class Exchange:
+    """Collectives of CPU tensors over one group, by point-to-point messages.
+
+    Args:
+        group: any backend with ``send`` and ``recv`` on CPU tensors that are matched by tag; every rank makes the same
+            calls in the same order.
+        timeout_s: seconds that a message may take; None is the group's own timeout.
+    """
+
+    def __init__(self, group: ProcessGroup, timeout_s: float | None) -> None:
+        self._group = group
+        self._rank, self._num_ranks = group.rank(), group.size()
+        self._receive_buffers: list[Tensor] = []
+        self._turn = 0
+        self._blocks: dict[torch.dtype, Tensor] = {}
+        self._worker = _Worker(group, None if timeout_s is None else timedelta(seconds=timeout_s))
+        thread = threading.Thread(target=self._worker.run, name="distadam exchange", daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._worker, thread)
+
+    def scratch(self) -> list[Tensor]:
+        """Return the buffers that are kept, for the memory report."""
+        return [*self._receive_buffers, *self._blocks.values()]
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> Job:
+        """Sum ``full`` over ranks into this rank's ``shard``, which may be wider; both are contiguous.
+
+        Collective: every rank of the group. Syncs: never (waiting for the handle does).
+        """
+        return self._reduce(shard, torch.split(full, shard.numel()))
+
+    def all_gather(self, full: Tensor, shard: Tensor) -> Job:
+        """Collect every rank's ``shard`` in ``full``; ``shard`` may be this rank's part of it.
+
+        Collective: every rank of the group. Syncs: never (waiting for the handle does).
+        """
+        parts = torch.split(full, shard.numel())
+        if parts[self._rank].data_ptr() != shard.data_ptr():
+            parts[self._rank].copy_(shard)
+        return self._gather(parts)
+
+    def all_reduce(self, tensor: Tensor) -> Job:
+        """Sum ``tensor`` over ranks, in place: a reduce-scatter and an all-gather of its parts.
+
+        Collective: every rank of the group. Syncs: never (waiting for the handle does).
+        """
+        size = -(-tensor.numel() // (self._num_ranks * _ALIGN)) * _ALIGN
+        cuts = [min(rank * size, tensor.numel()) for rank in range(self._num_ranks + 1)]
+        parts = [tensor[start:end] for start, end in pairwise(cuts)]
+        self._reduce(parts[self._rank], parts)
+        return self._gather(parts, alone=True)
+
+    def _peers(self) -> list[int]:
+        """Other ranks, each rank beginning with the next one, so that not all send to the same."""
+        return [(self._rank + distance) % self._num_ranks for distance in range(1, self._num_ranks)]
+
+    def _gather(self, parts: Sequence[Tensor], alone: bool = False) -> Job:
+        job = Job()
+        peers = self._peers()
+        sends = [(peer, parts[self._rank]) for peer in peers]
+        receives = [(peer, parts[peer]) for peer in peers]
+        self._put(job, sends, lambda: receives, alone=alone)
+        return job
+
+    def _put(self, job: Job, *parts: Any, **options: Any) -> None:
+        self._worker.chunks.put(_Chunk(job, _tag(self._group), *parts, **options))
+
+    def _reduce(self, out: Tensor, parts: Sequence[Tensor]) -> Job:
+        job, peers, longest, itemsize = Job(), self._peers(), parts[0].numel(), parts[0].element_size()
+        most = max(_ALIGN, SCRATCH_NBYTES // (2 * len(peers) * itemsize) // _ALIGN * _ALIGN)
+        numel = min(most, longest)
+        self._reserve(numel * itemsize * len(peers), out, parts[0].dtype)
+        for start in range(0, max(1, longest), max(1, numel)):
+            chunk = [part[start : start + numel] for part in parts]
+            target = out[start : start + numel]
+            self._worker.chunks.put(self._reduce_chunk(job, target, chunk, last=start + numel >= longest))
+        return job
+
+    def _reduce_chunk(self, job: Job, target: Tensor, chunk: Sequence[Tensor], last: bool) -> _Chunk:
+        peers, mine = self._peers(), chunk[self._rank]
+
+        def receive() -> Peers:
+            buffer = self._receive_buffers[self._turn].view(mine.dtype)
+            self._turn = 1 - self._turn
+            size = mine.numel()
+            return [(peer, buffer[place * size : (place + 1) * size]) for place, peer in enumerate(peers)]
+
+        def add(received: dict[int, Tensor]) -> None:
+            received[self._rank] = mine
+            self._add(target, [received[rank] for rank in range(self._num_ranks)])
+
+        sends = [(peer, chunk[peer]) for peer in peers]
+        return _Chunk(job, _tag(self._group), sends, receive, add, last=last)
+
+    def _reserve(self, nbytes: int, out: Tensor, dtype: torch.dtype) -> None:
+        if not self._receive_buffers or self._receive_buffers[0].numel() < nbytes:
+            self._receive_buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
+        if out.dtype not in self._blocks:
+            depth = max(1, (self._num_ranks - 1).bit_length()) + 1
+            self._blocks[out.dtype] = torch.empty(depth, _BLOCK_NUMEL, dtype=out.dtype)
+
+    def _add(self, target: Tensor, leaves: Sequence[Tensor]) -> None:
+        """Write the tree sum of ``leaves`` to ``target``, which may be one of them, block by block."""
+        blocks = self._blocks[target.dtype]
+        for start in range(0, target.numel(), _BLOCK_NUMEL):
+            out = target[start : start + _BLOCK_NUMEL]
+            numel = out.numel()
+            parts = [leaf[start : start + numel] for leaf in leaves]
+            for rank, part in enumerate(parts):
+                if part.data_ptr() == out.data_ptr() and rank > 0:
+                    parts[rank] = blocks[-1, :numel].copy_(part)
+            _tree_sum(out, parts, [block[:numel] for block in blocks])
+
+
+def _tree_sum(out: Tensor, leaves: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
+    """Add ``leaves`` pairwise, halves first; the left half has the larger power of two."""
+    if len(leaves) == 1:
+        if out.data_ptr() != leaves[0].data_ptr():
+            out.copy_(leaves[0])
+    elif len(leaves) == 2 and leaves[0].dtype == leaves[1].dtype == out.dtype:
+        torch.add(leaves[0], leaves[1], out=out)
+    else:
+        half = 1 << (len(leaves) - 1).bit_length() - 1
+        _tree_sum(out, leaves[:half], blocks)
+        _tree_sum(blocks[0], leaves[half:], blocks[1:])
+        out.add_(blocks[0])
+
+
+def _tag(group: ProcessGroup) -> int:
+    """Return the number of this rank's next chunk on ``group``, the same on all ranks."""
+    tag = _next_tag.get(group, 0)
+    _next_tag[group] = (tag + 1) % _MAX_TAG
+    return tag
+
+
+class _Worker:
+    """Carries out chunks in order; after an error every later job fails with it. It does not know its `Exchange`."""
+
+    def __init__(self, group: ProcessGroup, timeout: timedelta | None) -> None:
+        self.chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self._group = group
+        self._timeout = timeout
+        self._error: Exception | None = None
+        self._posted: _Chunk | None = None
+
+    def run(self) -> None:
+        """Work until None comes."""
+        with torch.no_grad():
+            while self._take():
+                pass
+
+    def _take(self) -> bool:
+        try:
+            chunk = self.chunks.get(block=self._posted is None)
+        except queue.Empty:
+            self._finish()
+            return True
+        if chunk is None or chunk.alone:
+            self._finish()
+        if chunk is not None:
+            self._carry_out(lambda: chunk.post(self._group))
+            self._finish()
+            self._posted = chunk
+        return chunk is not None
+
+    def _finish(self) -> None:
+        chunk, self._posted = self._posted, None
+        if chunk is not None:
+            self._carry_out(lambda: chunk.finish(self._group, self._timeout))
+            if chunk.last:
+                chunk.job.finish(self._error)
+
+    def _carry_out(self, action: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                action()
+            except Exception as error:
+                self._error = error
+
+
+def _stop(worker: _Worker, thread: threading.Thread) -> None:
+    """End the worker after what has been launched; a peer that never answers is not waited for."""
+    worker.chunks.put(None)
+    thread.join(1.0)

@@ -1,0 +1,177 @@
+"""The order of asynchronous work.
+
+Note [One handle, two meanings]: a collective is launched with the stream that wrote its input as the current one. On
+CUDA the backend runs it on a stream of its own that waits for that one, and `Pending.wait()` makes the current stream
+wait, never the host. On CPU the backend runs it on a thread and `wait()` blocks the host. The engine is written
+against this handle only, so a test double can delay every collective as far as the recorded waits allow: a missing wait
+shows as a wrong result (tests/adversarial.py).
+
+Buffers that a collective reads or writes are kept by the engine until its handle was waited for; nothing relies on
+``record_stream``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distadam.errors import CommError
+
+
+class Work(Protocol):
+    """What torch.distributed returns for ``async_op=True``."""
+
+    def is_completed(self) -> bool:
+        """Say whether waiting would return at once."""
+        ...
+
+    def wait(self, timeout: timedelta = ...) -> bool:
+        """Block (CPU) or make the current stream wait (CUDA)."""
+        ...
+
+
+class Pending:
+    """A collective in flight.
+
+    Args:
+        work: torch.distributed's handle; None if it is already finished.
+        what: operation and bucket, for errors.
+        timeout_s: seconds to wait; None is the group's own timeout.
+        after: called once, by the first `wait`.
+    """
+
+    __slots__ = ("_after", "_timeout", "_work", "what")
+
+    def __init__(
+        self,
+        work: Work | None,
+        what: str = "",
+        timeout_s: float | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> None:
+        self._work = work
+        self._after = after
+        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        self.what = what
+
+    @property
+    def reading(self) -> Pending:
+        """The part after which the input buffer is free: waiting for it launches nothing."""
+        return self
+
+    def wait(self) -> None:
+        """Make what follows on the current stream (CPU: on this thread) see the result.
+
+        Raises:
+            CommError: if the collective failed or timed out; names operation and bucket.
+        """
+        if self._work is not None:
+            work, self._work = self._work, None
+            try:
+                if self._timeout is None or torch.cuda.is_available():
+                    work.wait()
+                else:
+                    work.wait(self._timeout)
+            except RuntimeError as error:
+                raise CommError(
+                    f"{self.what} failed on this rank: {error}. A peer died, hangs, or issued other collectives; "
+                    "look for the first error among all ranks' output."
+                ) from error
+            if self._after is not None:
+                self._after()
+
+    def ready(self, within_s: float) -> bool:
+        """Say whether `wait` will not block the host for long: always on CUDA, elsewhere after polling ``within_s``."""
+        if self._work is None or torch.cuda.is_available():
+            return True
+        deadline = time.monotonic() + within_s
+        while not self._work.is_completed():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0005)
+        return True
+
+
+DONE = Pending(None)
+
+
+class Streams:
+    """Launches collectives. The engine talks to asynchronous work through this class only."""
+
+    def __init__(self) -> None:
+        self._side: dict[torch.device, torch.cuda.Stream] = {}
+
+    def launch(self, start: Callable[[], Pending]) -> Pending:
+        """Start a collective whose inputs were written on the current stream."""
+        return start()
+
+    def launch_chain(
+        self, device: torch.device, first: Callable[[], Pending], second: Callable[[], Pending]
+    ) -> Pending:
+        """Start ``first`` now and ``second`` after it, without holding up the current stream.
+
+        On CUDA a side stream waits in between. On CPU there is no thread to wait on: ``second`` starts when the result
+        is waited for, in the same order on all ranks.
+        """
+        if device.type != "cuda":
+            pending = self.launch(first)
+            return _Chain(pending, lambda: self.launch(second))
+        side = self._side.get(device)
+        if side is None:
+            side = self._side[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self.launch(first).wait()
+            return self.launch(second)
+
+    def upload(self, values: Sequence[int | float], out: Tensor) -> Tensor:
+        """Write host numbers to a device tensor without waiting for the device: through pinned memory on CUDA."""
+        host = torch.tensor(values, dtype=out.dtype, pin_memory=out.is_cuda)
+        return out.copy_(host, non_blocking=True)
+
+    def current(self, device: torch.device) -> torch.cuda.Stream | None:
+        """Return the current stream of a CUDA device, None elsewhere."""
+        return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def follow(self, device: torch.device, other: torch.cuda.Stream | None) -> None:
+        """Make the current stream wait for what ``other`` has been given so far."""
+        if other is not None:
+            current = torch.cuda.current_stream(device)
+            if current != other:
+                current.wait_stream(other)
+
+    def lead(self, device: torch.device, other: torch.cuda.Stream | None) -> None:
+        """Make ``other`` wait for the current stream: memory that ``other`` gets back may still be read here."""
+        if other is not None:
+            current = torch.cuda.current_stream(device)
+            if current != other:
+                other.wait_stream(current)
+
+
+class _Chain(Pending):
+    __slots__ = ("_first", "_second")
+
+    def __init__(self, first: Pending, second: Callable[[], Pending]) -> None:
+        super().__init__(None, first.what)
+        self._first: Pending | None = first
+        self._second = second
+
+    @property
+    def reading(self) -> Pending:
+        return self._first or DONE
+
+    def ready(self, within_s: float) -> bool:
+        return (
+            self._first is None
+        )  # the second half needs peers that may be waiting for this rank until they are in step()
+
+    def wait(self) -> None:
+        if self._first is not None:
+            first, self._first = self._first, None
+            first.wait()
+            self._second().wait()

@@ -1,0 +1,1 @@
+"""What happens in backward and in step()."""

@@ -1,0 +1,95 @@
+"""One bucket in memory: its parameters as views of a flat buffer, this rank's weights and state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distadam.engine.ledger import Ledger
+from distadam.layout import Bucket
+from distadam.precision import compute_dtype, select_weights
+
+TORCH_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
+def dense_strides(param: Tensor) -> tuple[int, ...]:
+    """Return the parameter's strides, or dense ones in the same order where it has gaps or overlaps."""
+    return tuple(torch.empty_like(param, device="meta").stride())
+
+
+class FlatBucket:
+    """Parameters of one bucket as views of ``param_flat``, and what this rank owns of them.
+
+    Args:
+        bucket: the layout.
+        params: the parameters, by slot; each becomes a view, its identity, values, shape and strides kept.
+        names: their names, by slot.
+        shard: this rank's shard.
+        ledger: allocates.
+    """
+
+    def __init__(
+        self, bucket: Bucket, params: Sequence[Tensor], names: Sequence[str], shard: int, ledger: Ledger
+    ) -> None:
+        self.bucket = bucket
+        self.params = list(params)
+        self.names = list(names)
+        self.dtype = TORCH_DTYPES[bucket.dtype]
+        self.compute_dtype = compute_dtype(self.dtype)
+        self.device = params[0].device
+        self.views = [(tuple(param.shape), dense_strides(param)) for param in params]
+        self.param_flat = ledger.zeros("parameters", bucket.numel, self.dtype, self.device)
+        self.adopt(range(len(self.params)))
+        self.shard_start = shard * bucket.shard_numel
+        self.param_shard = self.param_flat[self.shard_start : self.shard_start + bucket.shard_numel]
+        self.pieces = bucket.pieces(shard)
+        self.piece_of_slot = {piece.slot: piece for piece in self.pieces}
+        self.weights = select_weights(self.param_shard, ledger.empty)
+        self.states: dict[str, Tensor] = {}
+        self.steps = ledger.zeros("steps", len(self.params), torch.float32, self.device)
+        self.steps_version = self.steps._version
+        # Slots with one number have been updated in the same steps, so their step counts are equal on the device.
+        self.history = [0] * len(self.params)
+        self._ledger = ledger
+
+    def param_view(self, slot: int) -> Tensor:
+        """Return the flat buffer's view of a slot, in the parameter's shape and strides."""
+        shape, strides = self.views[slot]
+        return self.param_flat.as_strided(shape, strides, self.bucket.slots[slot].offset)
+
+    def adopt(self, slots: Sequence[int]) -> None:
+        """Copy the parameters of ``slots`` into the flat buffer and make them views of it."""
+        with torch.no_grad():
+            for slot in slots:
+                view = self.param_view(slot)
+                view.copy_(self.params[slot])
+                self.params[slot].data = view
+
+    def state(self, name: str) -> Tensor:
+        """Return this rank's shard of a state, zeros when new."""
+        tensor = self.states.get(name)
+        if tensor is None:
+            tensor = self._ledger.zeros("moments", self.bucket.shard_numel, self.compute_dtype, self.device)
+            self.states[name] = tensor
+        return tensor
+
+    def slot_shard(self, tensor: Tensor, slot: int) -> Tensor:
+        """Return the 1-D part of a shard-sized tensor that belongs to a slot; empty when another rank owns it."""
+        piece = self.piece_of_slot.get(slot)
+        return tensor[:0] if piece is None else tensor[piece.start : piece.end]
+
+    def flatten(self, value: Tensor, slot: int) -> Tensor:
+        """Return ``value`` (the parameter's shape) as 1-D in the order in which the parameter lies in memory."""
+        shape, strides = self.views[slot]
+        dense = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        dense.copy_(value)
+        return dense.as_strided((self.bucket.slots[slot].numel,), (1,))
+
+    def unflatten(self, full: Tensor, slot: int) -> Tensor:
+        """Return the view of a bucket-sized tensor that has the slot's shape and strides."""
+        shape, strides = self.views[slot]
+        return full.as_strided(shape, strides, full.storage_offset() + self.bucket.slots[slot].offset)

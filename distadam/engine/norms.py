@@ -1,0 +1,169 @@
+"""Norms of sharded gradients.
+
+Note [Precision of norms]: sums of squares are float64. What a user asks for (clipping, ``p.grad.norm()``) squares in
+float64. The norm that every step takes along for `grad_norm` first takes float32 norms of blocks of 64 elements, which
+are the same blocks for every world size and bucket size, then sums their squares in float64: the whole is within one
+float32 ulp and costs a third of the update instead of all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from distadam.comm import Collectives, Pending
+from distadam.engine.ledger import Ledger
+from distadam.engine.rounds import BucketGradient
+from distadam.layout.buckets import Bucket
+
+_CHUNK = 32768
+_BLOCK = 64
+
+
+class NormScratch:
+    """Sums of squares without an allocation: scratch for one device."""
+
+    def __init__(self, ledger: Ledger, device: torch.device) -> None:
+        self._ledger = ledger
+        self._device = device
+        self._chunk: Tensor | None = None
+        self._blocks: Tensor | None = None
+        self._blocks64: Tensor | None = None
+        self._part: Tensor | None = None
+
+    def exact(self, values: Tensor, out: Tensor) -> None:
+        """Write the float64 sum of squares of 1-D ``values`` to 0-D ``out``."""
+        if self._part is None:
+            self._part = self._ledger.empty("scratch", 1, torch.float64, self._device)
+        if self._device.type != "cpu":
+            torch.linalg.vector_norm(values, 2, dtype=torch.float64, out=out)
+            out.mul_(out)
+            return
+        if self._chunk is None:
+            self._chunk = self._ledger.empty("scratch", _CHUNK, torch.float64, self._device)
+        out.zero_()
+        part = self._part.view(())
+        for start in range(0, values.numel(), _CHUNK):
+            piece = values[start : start + _CHUNK]
+            wide = self._chunk[: piece.numel()].copy_(piece)
+            torch.dot(wide, wide, out=part)
+            out.add_(part)
+
+    def blockwise(self, bucket: Bucket, values: Tensor, out: Tensor) -> None:
+        """Write the sum of squares of a bucket's shard to 0-D float64 ``out``, by float32 norms of 64 elements."""
+        num_blocks = bucket.shard_numel // _BLOCK
+        if self._blocks is None or self._blocks.numel() < num_blocks or self._blocks.dtype != values.dtype:
+            for old in (self._blocks, self._blocks64):
+                if old is not None:
+                    self._ledger.release(old)
+            self._blocks = self._ledger.empty("scratch", num_blocks, values.dtype, self._device)
+            self._blocks64 = self._ledger.empty("scratch", num_blocks, torch.float64, self._device)
+        assert self._blocks64 is not None
+        blocks, wide = self._blocks[:num_blocks], self._blocks64[:num_blocks]
+        torch.linalg.vector_norm(values.view(num_blocks, _BLOCK), 2, dim=1, out=blocks)
+        wide.copy_(blocks)
+        torch.dot(wide, wide, out=out)
+
+
+def to_power(norms: Tensor, order: float) -> Tensor:
+    """Return what adds up over the parts of a vector: |x|^p summed, the count for order 0, the maximum for inf."""
+    if order == 0 or math.isinf(order):
+        return norms
+    return norms**order
+
+
+def from_power(total: Tensor, order: float) -> Tensor:
+    """Undo `to_power`."""
+    if order == 0 or math.isinf(order):
+        return total
+    return total ** (1.0 / order)
+
+
+class StepNorm:
+    """The gradient norm of the last step, for `grad_norm`: known to every rank without a question.
+
+    The sum of squares is taken from the shard as the update reads it; one all-reduce of eight bytes combines the ranks
+    while training goes on. When the gradients were clipped, the norm that clipping found is kept instead.
+    """
+
+    def __init__(self, ledger: Ledger, collectives: Collectives) -> None:
+        self._ledger = ledger
+        self._collectives = collectives
+        self._scratch: dict[torch.device, NormScratch] = {}
+        self._totals: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._pending: list[Pending] = []
+        self._clipped: Tensor | None = None
+        self._clipped_of: object = None
+        self._value: Tensor | None = None
+        ledger.watch("scratch", self._results)
+
+    def _results(self) -> list[Tensor]:
+        return [norm for norm in (self._clipped, self._value) if norm is not None]
+
+    def scratch(self, device: torch.device) -> NormScratch:
+        """Return the scratch of a device."""
+        if device not in self._scratch:
+            self._scratch[device] = NormScratch(self._ledger, device)
+        return self._scratch[device]
+
+    def give(self, norm: Tensor, gradient: object) -> None:
+        """Take the norm that clipping found as the coming step's, if it updates with ``gradient`` (compared by ==)."""
+        self._clipped, self._clipped_of = norm, gradient
+
+    def begin(self, gradient: object) -> None:
+        """Start a step: the last one's sum is no longer needed, nor is the norm of what has changed since."""
+        if self._clipped_of != gradient:
+            self._clipped = None
+        self._wait()
+        for total, _ in self._totals.values():
+            total.zero_()
+
+    def add(self, gradient: BucketGradient, loss_scale: Tensor | None) -> None:
+        """Add one bucket's reduced gradient, as the update is going to scale it."""
+        if self._clipped is not None:
+            return
+        device = gradient.flat.device
+        if device not in self._totals:
+            buffer = self._ledger.zeros("scratch", 2, torch.float64, device)
+            self._totals[device] = (buffer[0], buffer[1])
+        total, part = self._totals[device]
+        self.scratch(device).blockwise(gradient.flat.bucket, gradient.summed(), part)
+        if gradient.scaling_divisor is not None:
+            part.div_(gradient.scaling_divisor).div_(gradient.scaling_divisor)
+        for multiplier in gradient.multipliers:
+            part.mul_(multiplier).mul_(multiplier)
+        if loss_scale is not None:
+            scale = loss_scale if loss_scale.device == device else loss_scale.to(device)
+            part.div_(scale.view(())).div_(scale.view(()))
+        total.add_(part)
+
+    def finish(self) -> None:
+        """Combine the shards' sums; nothing waits for it."""
+        if self._clipped is not None:
+            self._value, self._clipped = self._clipped, None
+            return
+        self._value = None
+        self._pending = [self._collectives.sum_shards(total, "grad_norm") for total, _ in self._totals.values()]
+
+    def settle(self) -> None:
+        """At exit, give what is in flight a moment to end: gloo's thread must not outlive Python with our tensors."""
+        pending, self._pending = self._pending, []
+        if pending and all(item.ready(1.0) for item in pending):
+            time.sleep(0.05)
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.wait()
+        self._pending = []
+
+    @property
+    def value(self) -> Tensor | None:
+        """0-D float32 (float64 for float64 gradients' clipping); None before the first step."""
+        if self._value is None and self._totals:
+            self._wait()
+            totals = [total for total, _ in self._totals.values()]
+            self._value = sum((total.to(totals[0].device) for total in totals[1:]), totals[0]).sqrt().float()
+        return self._value

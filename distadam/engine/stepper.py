@@ -1,0 +1,259 @@
+"""Update this rank's shard of a bucket: which ranges, which kernel, which scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distadam.comm import Streams
+from distadam.engine.flat_bucket import FlatBucket
+from distadam.engine.ledger import Ledger
+from distadam.engine.rounds import BucketGradient
+from distadam.engine.state import renew_history
+from distadam.kernels import GradScaling, Kernel, UpdateRanges, make_kernel, select
+from distadam.layout import Piece
+from distadam.layout.layout import format_table
+from distadam.rules import Rule
+
+_MAX_CACHED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """Which kernel serves which bucket and group, how their bytes travel, and why both.
+
+    Args:
+        rows: (bucket, group, kernel, weights, reason).
+        transports: by bucket: "none", "native" or "exchange", and the reason.
+    """
+
+    rows: tuple[tuple[int, int, str, str, str], ...]
+    transports: tuple[tuple[str, str], ...]
+
+    def as_dict(self) -> list[dict[str, object]]:
+        """Return the rows as dictionaries, ready for JSON; ``reduce`` is how the bucket's bytes travel."""
+        names = ("bucket", "group", "kernel", "weights", "reason", "reduce", "reason_of_reduce")
+        return [dict(zip(names, (*row, *self.transports[row[0]]), strict=True)) for row in self.rows]
+
+    def __str__(self) -> str:
+        header = ("bucket", "group", "kernel", "weights", "reason")
+        table = format_table([header, *[tuple(map(str, row)) for row in self.rows]], left=(2, 3, 4))
+        return "\n".join([table, *(f"reduce: {how} ({why})" for how, why in dict.fromkeys(self.transports))])
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one kernel call updates: a parameter group's ranges in one shard, with one gradient tensor."""
+
+    group: int
+    ranges: UpdateRanges
+    spans: list[tuple[int, int]]
+    slots: list[int]
+
+
+class Stepper:
+    """Applies the rule to shards.
+
+    Note [Ranges]: slots of one group lie side by side, so a bucket whose parameters all have gradients and have always
+    been updated together is one range per group. Otherwise ranges are cut, at slot boundaries, where a parameter has no
+    gradient on any rank (it keeps its bits) or has another step count.
+    """
+
+    def __init__(self, rule: Rule, param_groups: list[dict[str, Any]], ledger: Ledger, streams: Streams) -> None:
+        self.rule = rule
+        self.param_groups = param_groups
+        self._ledger = ledger
+        self._streams = streams
+        self._kernels: dict[str, Kernel] = {}
+        self._work: dict[tuple[int, int, bytes, int], list[_Work]] = {}
+        self._history_version = 0
+        self._masks: dict[tuple[int, bytes], Tensor] = {}
+        self._increments: dict[torch.device, Tensor] = {}
+        self._next_history = 1
+
+    def invalidate(self) -> None:
+        """Forget cached ranges, after states or steps were replaced."""
+        self._work.clear()
+        self._history_version += 1
+
+    def update(self, gradient: BucketGradient, has: bytes, found_inf: Tensor | None, loss_scale: Tensor | None) -> None:
+        """Update the shard of one bucket and store its parameters.
+
+        Args:
+            gradient: the bucket with its reduced gradient.
+            has: per slot, whether any rank had a gradient.
+            found_inf: 0-D or 1-element float tensor; where not 0 nothing changes, steps included.
+            loss_scale: 0-D; gradients are divided by it.
+
+        Syncs: never.
+        """
+        flat = gradient.flat
+        self._count_steps(flat, has, found_inf)
+        grad = gradient.summed()
+        scaling = GradScaling(
+            num_ranks=gradient.scaling_divisor,
+            multipliers=gradient.multipliers,
+            loss_scale=_on(loss_scale, flat.device),
+            found_inf=_on(found_inf, flat.device),
+        )
+        for work in self._work_for(flat, grad, has):
+            group = self.param_groups[work.group]
+            self._refresh(work, flat, group, found_inf)
+            self._kernel(flat, group).update(self.rule, work.ranges, group, scaling)
+            flat.weights.store(work.spans)
+            if group.get("eps") == 0:
+                _zero_padding(flat, work.slots)
+
+    def _count_steps(self, flat: FlatBucket, has: bytes, found_inf: Tensor | None) -> None:
+        if flat.steps._version != flat.steps_version:  # the user wrote to optimizer.state[p]["step"]
+            renew_history([flat])
+            self._history_version += 1
+        if not self.rule.has_step:
+            has = self._with_momentum(flat, has)
+            if 1 not in has:
+                return
+        full = 0 not in has
+        if full and found_inf is None:
+            flat.steps.add_(1.0)
+        else:
+            mask = self._mask(flat, has)
+            if found_inf is None:
+                flat.steps.add_(mask)
+            else:
+                increment = self._increment(flat.device)
+                torch.eq(_on(found_inf, flat.device).reshape(()), 0, out=increment)  # type: ignore[union-attr]
+                flat.steps.addcmul_(mask, increment)
+        flat.steps_version = flat.steps._version
+        if not full:
+            self._split_history(flat, has)
+
+    def _with_momentum(self, flat: FlatBucket, has: bytes) -> bytes:
+        """Drop slots without momentum: SGD counts updates of the buffer, of which the first is another formula."""
+        counted = bytearray(has)
+        for span in flat.bucket.ranges:
+            if self.param_groups[span.group]["momentum"] == 0:
+                counted[span.first : span.last] = bytes(span.last - span.first)
+        return bytes(counted)
+
+    def _mask(self, flat: FlatBucket, has: bytes) -> Tensor:
+        key = (flat.bucket.index, has)
+        mask = self._masks.get(key)
+        if mask is None:
+            if len(self._masks) >= _MAX_CACHED:
+                for old in self._masks.values():
+                    self._ledger.release(old)
+                self._masks.clear()
+            mask = self._ledger.empty("scratch", len(has), torch.float32, flat.device)
+            self._masks[key] = self._streams.upload(list(has), mask)
+        return mask
+
+    def _increment(self, device: torch.device) -> Tensor:
+        if device not in self._increments:
+            self._increments[device] = self._ledger.empty("scratch", 1, torch.float32, device).view(())
+        return self._increments[device]
+
+    def _split_history(self, flat: FlatBucket, has: bytes) -> None:
+        """Give slots that were updated now and slots that were not different history numbers."""
+        numbers: dict[tuple[int, int], int] = {}
+        kinds: dict[int, set[int]] = {}
+        for number, flag in zip(flat.history, has, strict=True):
+            kinds.setdefault(number, set()).add(flag)
+        if all(len(flags) == 1 for flags in kinds.values()):
+            return
+        for slot, flag in enumerate(has):
+            key = (flat.history[slot], flag)
+            if key not in numbers:
+                numbers[key] = self._next_history
+                self._next_history += 1
+            flat.history[slot] = numbers[key]
+        self._history_version += 1
+
+    def _work_for(self, flat: FlatBucket, grad: Tensor, has: bytes) -> list[_Work]:
+        key = (flat.bucket.index, id(grad), has, self._history_version)
+        work = self._work.get(key)
+        if work is None or (work and work[0].ranges.grads[0].untyped_storage()._cdata != grad.untyped_storage()._cdata):
+            if len(self._work) >= _MAX_CACHED * 16:
+                self._work.clear()
+            work = self._work[key] = self._make_work(flat, grad, has)
+        return work
+
+    def _make_work(self, flat: FlatBucket, grad: Tensor, has: bytes) -> list[_Work]:
+        weight = flat.weights.load()
+        result = []
+        for group_range in flat.bucket.ranges:
+            pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
+            runs = list(_runs(flat, pieces, has))
+            if not runs:
+                continue
+            spans = [(run[0].start, run[-1].padded_end) for run in runs]
+            slots = [run[0].slot for run in runs]
+            ranges = UpdateRanges(
+                weights=[weight[start:end] for start, end in spans],
+                grads=[grad[start:end] for start, end in spans],
+                states={},
+                steps=[flat.steps[slot] for slot in slots],
+                first=[None] * len(spans),
+            )
+            result.append(_Work(group_range.group, ranges, spans, slots))
+        return result
+
+    def _refresh(self, work: _Work, flat: FlatBucket, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
+        names = self.rule.state_names(group)
+        if tuple(work.ranges.states) != names:
+            work.ranges.states = {name: [flat.state(name)[start:end] for start, end in work.spans] for name in names}
+        if self.rule.name == "sgd" and names:
+            on_host = flat.device.type == "cpu"
+            work.ranges.first = [float(step) == 1.0 if on_host else None for step in work.ranges.steps]
+
+    def _kernel(self, flat: FlatBucket, group: Mapping[str, Any]) -> Kernel:
+        name = select(self.rule, group, flat.compute_dtype, flat.device.type).name
+        kernel = self._kernels.get(name)
+        if kernel is None:
+            ledger = self._ledger
+            kernel = self._kernels[name] = make_kernel(
+                name, lambda numel, dtype, device: ledger.empty("scratch", numel, dtype, device)
+            )
+        return kernel
+
+    def report(self, flats: Sequence[FlatBucket], transport: Callable[[torch.device], tuple[str, str]]) -> KernelReport:
+        """Return which kernel serves which bucket and group, how its bytes travel, and why."""
+        rows = []
+        for flat in flats:
+            for group_range in flat.bucket.ranges:
+                choice = select(self.rule, self.param_groups[group_range.group], flat.compute_dtype, flat.device.type)
+                rows.append((flat.bucket.index, group_range.group, choice.name, flat.weights.name, choice.reason))
+        return KernelReport(tuple(rows), tuple(transport(flat.device) for flat in flats))
+
+
+def _runs(flat: FlatBucket, pieces: Sequence[Piece], has: bytes) -> list[list[Piece]]:
+    """Return maximal sequences of pieces that are updated together."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        if not has[piece.slot]:
+            continue
+        last = runs[-1][-1] if runs else None
+        joined = (
+            last is not None and last.padded_end == piece.start and flat.history[last.slot] == flat.history[piece.slot]
+        )
+        if joined:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def _zero_padding(flat: FlatBucket, slots: Sequence[int]) -> None:
+    """With eps=0 an update writes 0/0 to padding: keep it zero (contract 2.3.7)."""
+    written = [flat.weights.load(), flat.param_shard, *flat.states.values()]
+    padded = [piece for piece in flat.pieces if piece.end < piece.padded_end]
+    views = [tensor[piece.end : piece.padded_end] for tensor in written for piece in padded]
+    if views:
+        torch._foreach_zero_(views)
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)

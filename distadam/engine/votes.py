@@ -1,0 +1,152 @@
+"""What ranks tell each other before they issue collectives that depend on it: one small exchange between hosts.
+
+Note [Agreement]: every call that communicates (`step`, `clip_grad_norm_`, a norm of `ShardedGradient`, ...) begins with
+one all-reduce (maximum) of bytes over the hosts' group. It carries what the call is, so that ranks that call different
+things learn it instead of hanging; whether a rank failed; how many rounds each bucket needs; and which parameters got a
+gradient. Hosts wait for each other here, never for a device.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from itertools import pairwise
+
+import torch
+
+
+class Purpose(IntEnum):
+    """What a rank is about to do. A joined rank (uneven inputs) votes nothing and does what the others do."""
+
+    JOINED = 0
+    STEP = 1
+    CLIP = 2
+    NORM = 3
+    CHECK = 4
+    SCALE = 5
+    FULL_GRAD = 6
+    FULL_STATE = 7
+    PARAMETERS = 8
+    LOAD = 9
+    RELOAD = 10
+    ADD_GROUP = 11
+    FAILED = 250
+
+
+CALLS = {
+    Purpose.STEP: "step()",
+    Purpose.CLIP: "clip_grad_norm_()",
+    Purpose.NORM: "a norm of p.grad",
+    Purpose.CHECK: "GradScaler's check of p.grad",
+    Purpose.SCALE: "an in-place operation on p.grad",
+    Purpose.FULL_GRAD: "full_grad()",
+    Purpose.FULL_STATE: "full_state_dict()",
+    Purpose.PARAMETERS: "reload_parameters() or add_param_group()",
+    Purpose.LOAD: "load_state_dict()",
+    Purpose.RELOAD: "reload_parameters()",
+    Purpose.ADD_GROUP: "add_param_group()",
+}
+
+_DETAIL = 24
+_JOINED = 2 + 2 * _DETAIL
+_ACTIVE = _JOINED + 1
+_HEADER = _ACTIVE + 2
+
+
+class Votes:
+    """A byte vector: purpose and detail, each with its complement so that the maximum shows a disagreement; sections.
+
+    Args:
+        num_buckets: buckets, one byte each: rounds needed.
+        num_slots: parameters in buckets, two bytes each: has a gradient; was discarded (1) and has one again (2).
+        num_frozen: parameters outside the layout, one byte each: has become trainable.
+    """
+
+    def __init__(self, num_buckets: int, num_slots: int, num_frozen: int) -> None:
+        sizes = (num_buckets, num_slots, num_slots, num_frozen)
+        starts = [_HEADER]
+        for size in sizes:
+            starts.append(starts[-1] + size)
+        self._data = bytearray(starts[-1])
+        self.tensor = torch.frombuffer(self._data, dtype=torch.uint8)
+        self._sections = [slice(start, end) for start, end in pairwise(starts)]
+
+    def cast(
+        self,
+        purpose: Purpose,
+        detail: bytes,
+        rounds: bytes,
+        has: bytes,
+        discarded: bytes,
+        frozen: bytes,
+        num_active: int = 0,
+    ) -> None:
+        """Write this rank's votes."""
+        data = self._data
+        padded = detail.ljust(_DETAIL, b"\0")[:_DETAIL]
+        if purpose is Purpose.JOINED:
+            data[:_HEADER] = bytes(_JOINED) + b"\1" + bytes(2)
+        else:
+            data[0], data[1] = purpose, 255 - purpose
+            data[2 : 2 + _DETAIL] = padded
+            data[2 + _DETAIL : _ACTIVE] = bytes(255 - byte for byte in padded) + b"\0"
+            data[_ACTIVE:_HEADER] = num_active.to_bytes(2, "big")
+        for section, value in zip(self._sections, (rounds, has, discarded, frozen), strict=True):
+            data[section] = value
+
+    @property
+    def purpose(self) -> Purpose | None:
+        """What all ranks do, or None if they differ."""
+        return Purpose(self._data[0]) if self._data[0] == 255 - self._data[1] else None
+
+    @property
+    def joined(self) -> bool:
+        """Whether a rank has joined."""
+        return self._data[_JOINED] == 1
+
+    @property
+    def num_active(self) -> int:
+        """Ranks to average over, as those that have data know it; 0 for all."""
+        return int.from_bytes(self._data[_ACTIVE:_HEADER], "big")
+
+    @property
+    def failed(self) -> bool:
+        """Whether a rank reported an error."""
+        return self._data[0] == Purpose.FAILED
+
+    @property
+    def detail(self) -> bytes | None:
+        """The call's detail, or None if ranks differ."""
+        mine, other = self._data[2 : 2 + _DETAIL], self._data[2 + _DETAIL : _JOINED]
+        return bytes(mine) if all(a == 255 - b for a, b in zip(mine, other, strict=True)) else None
+
+    @property
+    def rounds(self) -> bytes:
+        """Rounds that each bucket needs."""
+        return bytes(self._data[self._sections[0]])
+
+    @property
+    def has(self) -> bytes:
+        """Per slot: 1 if some rank collected a gradient and did not discard one."""
+        return bytes(self._data[self._sections[1]])
+
+    @property
+    def discarded(self) -> bytes:
+        """Per slot: 1 if some rank discarded what it had collected, 2 if one collected anew after that."""
+        return bytes(self._data[self._sections[2]])
+
+    @property
+    def frozen(self) -> bytes:
+        """Per parameter outside the layout: 1 if it is trainable now."""
+        return bytes(self._data[self._sections[3]])
+
+
+def pack_floats(*values: float) -> bytes:
+    """Return up to three floats as a vote's detail."""
+    return struct.pack(f">{len(values)}d", *values)
+
+
+def unpack_floats(detail: bytes) -> tuple[float, float, float]:
+    """Return the floats that `pack_floats` wrote, missing ones as 0."""
+    first, second, third = struct.unpack(">3d", detail.ljust(_DETAIL, b"\0"))
+    return first, second, third

@@ -1,0 +1,75 @@
+"""16-bit training, two ways. Run: python examples/03_mixed_precision.py, or on more ranks with distadam launch.
+
+bf16: the parameters themselves are bf16, and the optimizer keeps fp32 masters, of which each rank has its share.
+fp16: the parameters are fp32, autocast computes in fp16, and a GradScaler keeps small gradients from becoming zero; a
+gradient that overflows on one rank makes every rank skip the step.
+
+The model learns the next value of a sum of three sine waves.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distadam
+
+
+def waves(count: int, device: torch.device, length: int = 24) -> tuple[Tensor, Tensor]:
+    """Return ``count`` pieces of the signal, (count, length), and the value after each, (count, 1)."""
+    time = torch.rand(count, 1, device=device) * 100 + torch.arange(length + 1, device=device) * 0.25
+    signal = (time.sin() + (2.3 * time).sin() + (3.7 * time).sin()) / 3
+    return signal[:, :-1], signal[:, -1:]
+
+
+def build_model(device: torch.device) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 1)).to(device)
+
+
+def train_bf16(device: torch.device, steps: int) -> list[float]:
+    """Return the losses of training bf16 parameters with fp32 masters."""
+    model = build_model(device).bfloat16()
+    optimizer = distadam.AdamW(model.parameters(), lr=2e-3, precision=distadam.PrecisionPolicy(master="fp32"))
+    losses = []
+    for _ in range(steps):
+        inputs, targets = waves(128, device)
+        loss = nn.functional.mse_loss(model(inputs.bfloat16()).float(), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train_fp16(device: torch.device, steps: int) -> list[float]:
+    """Return the losses of fp16 autocast with a gradient scaler: the recipe of torch's documentation, unchanged."""
+    model = build_model(device)
+    optimizer = distadam.AdamW(model.parameters(), lr=2e-3)
+    scaler = torch.amp.GradScaler(device.type)
+    losses = []
+    for _ in range(steps):
+        inputs, targets = waves(128, device)
+        with torch.autocast(device.type, dtype=torch.float16):
+            loss = nn.functional.mse_loss(model(inputs).float(), targets)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def main() -> None:
+    group = distadam.init_process_group()
+    for name, train in (("bf16 parameters, fp32 masters", train_bf16), ("fp16 autocast, GradScaler", train_fp16)):
+        torch.manual_seed(group.rank)
+        losses = train(group.device, steps=150)
+        if group.rank == 0:
+            print(f"{name:30} loss {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.1e}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

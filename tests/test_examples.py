@@ -1,0 +1,193 @@
+"""Every example runs as its docstring says, on one process and on two, and what it prints is right.
+
+Tolerance of the training curves: distadam sums in another order than torch does, a relative difference of about 1e-7 in
+a gradient, which training multiplies; 30 steps at these sizes give differences below 1e-5. Gradients that are not
+averaged, or ranks that see the wrong examples, move the curve by more than 1e-2. The bound is 1e-4.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SIZES = {"--batch-size": 8, "--seq-len": 32, "--layers": 1, "--heads": 2, "--width": 32, "--sample-bytes": 40}
+LENGTH = {"--steps": 30, "--log-every": 5, "--eval-every": 15, "--eval-batches": 2}
+SMALL = [str(part) for option in (SIZES | LENGTH).items() for part in option]
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one command from the checkout as a person would, and fail on any other end than success."""
+    launcher_variables = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+    env = {"OMP_NUM_THREADS": "1"} | kept | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | variables
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def one(script: str, *arguments: str) -> str:
+    """Run on one process, where nothing may be said on stderr; return stdout."""
+    done = run(sys.executable, f"examples/{script}", *arguments)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def launched(script: str, *arguments: str) -> str:
+    """Run on two ranks with ``distadam launch``; return stdout."""
+    return run(sys.executable, "-m", "distadam", "launch", "--nproc", "2", f"examples/{script}", *arguments).stdout
+
+
+def torchrun(script: str, *arguments: str) -> str:
+    """Run on two ranks with ``launch/torchrun.sh``; return stdout."""
+    return run("launch/torchrun.sh", f"examples/{script}", *arguments, NPROC="2", PYTHON=sys.executable).stdout
+
+
+def curve(folder: Path, key: str) -> list[float]:
+    points = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    return [point[key] for point in points if key in point]
+
+
+def load(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("0*.py")))
+def test_small_examples_stay_under_80_lines(script):
+    assert len((EXAMPLES / script).read_text().splitlines()) < 80
+
+
+def test_01_one_process_learns_as_torch_does():
+    lines = one("01_one_process.py").splitlines()
+    found = [re.fullmatch(r"(\S+) +loss ([\d.]+), ([\d.]+)% of new points right", line) for line in lines]
+    (theirs, ours) = [match for match in found if match]
+    assert (theirs[1], ours[1]) == ("torch.optim.AdamW", "distadam.AdamW")
+    assert float(ours[3]) > 97
+    assert abs(float(ours[3]) - float(theirs[3])) < 2
+
+
+@pytest.mark.parametrize("start", [one, launched, torchrun])
+def test_02_two_processes_ends_with_equal_weights(start):
+    printed = start("02_two_processes.py")
+    right = [int(share) for share in re.findall(r"(\d+)% of sums right", printed)]
+    assert right[0] < 20
+    assert right[-1] > 80
+    ends = re.findall(r"rank (\d): sum of weights (\S+), ([\d,]+) bytes", printed)
+    assert sorted(rank for rank, _, _ in ends) == (["0"] if start is one else ["0", "1"])
+    assert len({weights for _, weights, _ in ends}) == 1
+    state = [int(nbytes.replace(",", "")) for _, _, nbytes in ends]
+    moments_and_steps = 8 * (40 * 512 + 512 + 512 * 30 + 30) + 4 * 4
+    assert all(moments_and_steps / len(ends) <= nbytes < moments_and_steps / len(ends) + 2048 for nbytes in state)
+
+
+@pytest.mark.parametrize("start", [one, launched])
+def test_03_mixed_precision_learns_both_ways(start):
+    losses = re.findall(r"loss (\S+) -> (\S+)", start("03_mixed_precision.py"))
+    assert len(losses) == 2
+    assert all(float(last) < 1e-3 < 0.05 < float(first) for first, last in losses)
+
+
+@pytest.mark.parametrize("start", [one, launched])
+def test_04_accumulation_clipping_gives_same_result_with_both_clips(start):
+    rows = re.findall(r"loss (\S+) -> (\S+), first norm (\S+), last (\S+)", start("04_accumulation_clipping.py"))
+    own, torchs = [[float(value) for value in row] for row in rows]
+    assert own == pytest.approx(torchs, rel=0.02)
+    assert own[1] < 0.1 < own[0]
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Path]:
+    """Hold the folders of the runs with torch.optim, by optimizer; `reference` fills it."""
+    return {}
+
+
+@pytest.fixture
+def reference(references, tmp_path_factory):
+    """Return a function that trains with torch.optim, once for each optimizer, and returns the run's folder."""
+
+    def get(optimizer: str) -> Path:
+        if optimizer not in references:
+            folder = tmp_path_factory.mktemp(f"reference_{optimizer}")
+            one("train_gpt.py", *SMALL, "--optimizer", optimizer, "--reference", "--out", str(folder))
+            references[optimizer] = folder
+        return references[optimizer]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "start"),
+    [("adamw", launched), ("adamw", one), ("sgd", torchrun), ("rmsprop", one), ("adam", one)],
+)
+def test_train_gpt_learns_as_torch_does(optimizer, start, reference, tmp_path):
+    folder = reference(optimizer)
+    printed = start(
+        "train_gpt.py", *SMALL, "--optimizer", optimizer, "--out", str(tmp_path), "--plot-with", str(folder)
+    )
+
+    losses = curve(tmp_path, "loss")
+    assert losses[-1] < losses[0] - 0.5
+    assert losses == pytest.approx(curve(folder, "loss"), abs=1e-4)
+    validation = curve(tmp_path, "val_bits_per_byte")
+    assert len(validation) == 2
+    assert validation == pytest.approx(curve(folder, "val_bits_per_byte"), abs=1e-4)
+
+    numbers = json.loads((tmp_path / "run.json").read_text())["bytes"]
+    theirs, num_ranks = numbers["torch_optim"]["optimizer state"], 1 if start is one else 2
+    assert len(numbers["ranks"]) == num_ranks
+    for held in numbers["ranks"]:  # this rank's share, and padding to whole shards
+        assert theirs / num_ranks <= held["optimizer state"] < theirs / num_ranks + 8192
+        assert f"{held['optimizer state']:,}" in printed
+
+    assert f"{validation[-1]:.4f} bits per byte" in printed
+    assert "tokens/s ETA" in printed
+    assert "\nclass Reader:\n    def " in (tmp_path / "sample.txt").read_text()
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r"^\[1\]", printed, re.MULTILINE)
+
+
+def test_train_gpt_gives_ranks_disjoint_parts_of_one_global_batch():
+    train_gpt = load("train_gpt.py")
+    text = torch.arange(4000).remainder(251).to(torch.uint8)
+
+    def batches(rank: int, world_size: int):
+        place = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
+        return train_gpt.Batches(train=text, validation=text, batch_size=6, seq_len=8, seed=1, **place)
+
+    whole, _ = batches(0, 1).training(5)
+    for world_size in (2, 3):
+        parts = [batches(rank, world_size).training(5)[0] for rank in range(world_size)]
+        assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), whole)
+    assert not torch.equal(batches(0, 1).training(6)[0], whole)
+    inputs, targets = batches(0, 1).training(5)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_train_gpt_says_how_to_get_matplotlib(monkeypatch, tmp_path):
+    train_gpt = load("train_gpt.py")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install distadam[plot]" in train_gpt.plot_curves([tmp_path], tmp_path / "curve.png")
+
+
+def test_train_gpt_refuses_batch_that_does_not_divide():
+    command = [sys.executable, "-m", "distadam", "launch", "--nproc", "2", "examples/train_gpt.py", "--batch-size", "7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 1
+    assert "--batch-size 7 does not divide over 2 ranks" in done.stderr
