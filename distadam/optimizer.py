@@ -64,7 +64,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         shard = shard if isinstance(shard, ShardPolicy) else ShardPolicy()
         comm = comm if isinstance(comm, CommPolicy) else CommPolicy()
         groups = Groups.resolve(shard, comm.timeout_s, self)
-        self._collectives = Collectives(groups, Streams(), comm.timeout_s, comm.reduce)
+        self._collectives = Collectives(groups, Streams(), comm.timeout_s, comm.reduce, shard.share_parameters)
         self._layout: Layout | None = None
         self._collectively("building the optimizer", lambda: self._check_arguments(params, make_defaults))
         Joinable.__init__(self)
@@ -140,9 +140,9 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
             gradient, has = self._reducer.gradients[index], self._reducer.bucket_has(index)
             if 1 not in has:
                 continue  # no rank has a gradient here: bits, moments and steps stay
-            self._gatherer.wait(index)  # the last step's gather may still read the shard
-            self._norm.add(gradient, loss_scale)
-            self._stepper.update(gradient, has, found_inf, loss_scale)
+            self._gatherer.reclaim(index)  # the last step's gather may still read the shard
+            with self._norm.of_bucket(gradient, loss_scale) as observe:
+                self._stepper.update(gradient, has, found_inf, loss_scale, observe)
             self._gatherer.launch(gradient.flat)
             params = gradient.flat.params
             updated += params if 0 not in has else [param for param, flag in zip(params, has, strict=True) if flag]
@@ -500,7 +500,9 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         places.check_params(names)
         shard, precision, comm, offload = self._policies
         groups = self._collectives.groups
-        places.check_reduce(names, comm.reduce, self._collectives.memory is not None or groups.num_shards == 1)
+        one_host = self._collectives.memory is not None or groups.num_shards == 1
+        places.check_reduce(names, comm.reduce, one_host)
+        places.check_sharing(names, shard.share_parameters, one_host)
         return [
             ("optimizer", type(self).__name__),
             ("ranks (shards x replicas)", (groups.num_shards, groups.num_replicas)),
@@ -551,7 +553,8 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         with torch.no_grad():
             for bucket in self._layout.buckets[len(self._flats) :]:
                 members = [trainable[slot.param - base] for slot in bucket.slots]
-                flat = FlatBucket(bucket, members, [names[p] for p in members], groups.shard_rank, self._ledger)
+                called = [names[param] for param in members]
+                flat = FlatBucket(bucket, members, called, groups.shard_rank, self._ledger, self._collectives.owns)
                 self._collectives.broadcast(flat.param_flat, f"parameters of bucket {bucket.index}")
                 flat.weights.reload()
                 state.load_slots(self.state, self._stepper.rule, flat, self.param_groups)

@@ -41,15 +41,20 @@ class ShardPolicy:
         replicate_group: ranks that hold the same shard (hybrid sharding); None is no replication. Each rank of the
             grid shard x replicate must be in exactly one of each.
         mesh: a 1-D ``DeviceMesh`` (shard) or a 2-D one (replicate, shard) instead of the two groups.
+        share_parameters: the ranks of a shard group, processes of one host, keep one copy of their CPU parameters: a
+            gather sends nothing and parameters take 1/n of the memory. Only ``step()`` may write them: what one rank
+            writes, all have.
     """
 
     stage: Literal[1, 2] = 2
     shard_group: ProcessGroup | None = None
     replicate_group: ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    share_parameters: bool = False
 
     def __post_init__(self) -> None:
         _one_of("ShardPolicy", "stage", self.stage, (1, 2))
+        _one_of("ShardPolicy", "share_parameters", self.share_parameters, (True, False))
         if self.replicate_group is not None and self.shard_group is None and self.mesh is None:
             raise ConfigError(
                 "ShardPolicy(replicate_group=...) expected shard_group= too but got None; give both groups or mesh=."

@@ -348,11 +348,14 @@ class Half(nn.Module):
 
 
 def _half(rank: int) -> None:
-    """Gradients that fit, then a sum that overflows though no rank's part does, then ones that fit."""
+    """Gradients that fit, then a sum that overflows though no rank's part does (added up in fp16), then ones that fit."""
     for bucket_mb, stage in ((TINY_MB, 2), ("auto", 1)):
         model, twin = Half(), Half()
         optimizer = distadam.AdamW(
-            model.named_parameters(), lr=0.1, comm=CommPolicy(bucket_mb=bucket_mb), shard=ShardPolicy(stage=stage)
+            model.named_parameters(),
+            lr=0.1,
+            comm=CommPolicy(bucket_mb=bucket_mb, reduce="native"),
+            shard=ShardPolicy(stage=stage),
         )
         oracle = AveragedOracle(lambda flats: torch.optim.AdamW(flats, lr=0.1, fused=True), twin.parameters())
         scaler = GradScaler("cpu", init_scale=256.0, growth_interval=10)

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distadam.comm.exchange import Exchange, Job
-from distadam.comm.groups import Groups, count_call
-from distadam.comm.shared import Shared, SharedMemory, machine_identity, meet
-from distadam.comm.streams import DONE, Pending, Streams
+from distadam.comm.exchange import Exchange
+from distadam.comm.groups import Groups, count_call, silence_s
+from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
+from distadam.comm.streams import DONE, Pending, Streams, Work
 from distadam.errors import CommError
 
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -56,31 +56,60 @@ class CollectiveStats:
 class Collectives:
     """Collectives over the grid shard x replicate. With one rank each of them does nothing and returns at once."""
 
-    def __init__(self, groups: Groups, streams: Streams, timeout_s: float | None = None, reduce: str = "auto") -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        streams: Streams,
+        timeout_s: float | None = None,
+        reduce: str = "auto",
+        share_parameters: bool = False,
+    ) -> None:
         self.groups = groups
         self.streams = streams
         self.stats = CollectiveStats()
         self._timeout_s = timeout_s
         self._reduce = reduce
-        self._exchanges: dict[ProcessGroup, Exchange] = {}
+        self._num_private = 0
+        self._exchanges: dict[ProcessGroup, Exchange | Shared] = {}
         self.memory: SharedMemory | None = None
         if reduce in ("auto", "shared") and groups.shard_control is not None and _has_cpu(groups.shard):
-            self.memory = meet(machine_identity(), lambda value: self._swap(value, groups.shard_control))
+            names = [f"rank {rank}" for rank in dist.get_process_group_ranks(groups.shard_control)]
+            what = "looking for ranks on this host"
+            self.memory = meet(names, groups.shard_rank, lambda value: self._swap(value, groups.shard_control, what))
+        self._shares_parameters = share_parameters and self.memory is not None
 
-    def _swap(self, value: Any, group: ProcessGroup | None) -> list[Any]:
+    def _swap(self, value: Any, group: ProcessGroup | None, what: str) -> list[Any]:
         answers: list[Any] = [None] * dist.get_world_size(group)
         count_call(group)  # type: ignore[arg-type]
         try:
             dist.all_gather_object(answers, value, group=group)
         except RuntimeError as error:
-            raise CommError(f"looking for ranks on this host failed on rank {self.groups.rank}: {error}") from error
+            raise CommError(f"{what} failed on rank {self.groups.rank}: {error}") from error
         return answers
 
     def empty(self, kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return uninitialised memory; that of buffers that travel is where they travel from."""
         if self.memory is not None and device.type == "cpu" and kind in _TRAVELLING:
+            if kind == "parameters" and self._shares_parameters:
+                return self._common(numel, dtype)
             return self.memory.empty(numel, dtype)
-        return torch.empty(numel, dtype=dtype, device=device)
+        if device.type != "cpu":
+            return torch.empty(numel, dtype=dtype, device=device)
+        self._num_private += 1
+        skipped = stagger_nbytes(self._num_private, numel * dtype.itemsize) // dtype.itemsize
+        return torch.empty(skipped + numel, dtype=dtype)[skipped:]
+
+    def _common(self, numel: int, dtype: torch.dtype) -> Tensor:
+        assert self.memory is not None
+        assert self.groups.shard is not None
+        try:
+            return self.memory.common(numel, dtype, silence_s(self.groups.shard, self._timeout_s))
+        except RuntimeError as error:
+            raise CommError(f"sharing parameters failed on rank {self.groups.rank}: {error}") from error
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Say whether this rank may fill ``tensor`` (from `empty`): of memory that ranks share, the first rank does."""
+        return self.memory is None or self.groups.shard_rank == 0 or not self.memory.is_common(tensor)
 
     def release(self, tensor: Tensor) -> None:
         """Forget memory from `empty`."""
@@ -112,14 +141,15 @@ class Collectives:
         """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group."""
         return [tensor for exchange in self._exchanges.values() for tensor in exchange.scratch()]
 
-    def _exchange_over(self, group: ProcessGroup) -> Exchange:
+    def _exchange_over(self, group: ProcessGroup) -> Exchange | Shared:
         if group not in self._exchanges:
-            shared = self.memory is not None and group is self.groups.shard
-            self._exchanges[group] = (
-                Shared(group, self._timeout_s, self.memory)
-                if shared and self.memory is not None
-                else Exchange(group, self._timeout_s)
-            )
+            if self.memory is not None and group is self.groups.shard:
+                timeout_s = self._timeout_s  # a closure over self would keep it alive
+                self._exchanges[group] = Shared(
+                    self.memory, lambda: Exchange(group, timeout_s), silence_s(group, timeout_s)
+                )
+            else:
+                self._exchanges[group] = Exchange(group, self._timeout_s)
         return self._exchanges[group]
 
     def reduce_scatter(self, shard: Tensor, full: Tensor, what: str) -> Pending:
@@ -177,13 +207,13 @@ class Collectives:
             lambda: self._start("all_gather", self.groups.shard, full, call, full, shard, what=what)
         )
 
-    def _exchange_scatter(self, shard: Tensor, full: Tensor, *, group: ProcessGroup, async_op: bool) -> Job:
+    def _exchange_scatter(self, shard: Tensor, full: Tensor, *, group: ProcessGroup, async_op: bool) -> Work:
         return self._exchange_over(group).reduce_scatter(shard, full)
 
-    def _exchange_gather(self, full: Tensor, shard: Tensor, *, group: ProcessGroup, async_op: bool) -> Job:
+    def _exchange_gather(self, full: Tensor, shard: Tensor, *, group: ProcessGroup, async_op: bool) -> Work:
         return self._exchange_over(group).all_gather(full, shard)
 
-    def _exchange_sum(self, tensor: Tensor, *, group: ProcessGroup, async_op: bool) -> Job:
+    def _exchange_sum(self, tensor: Tensor, *, group: ProcessGroup, async_op: bool) -> Work:
         return self._exchange_over(group).all_reduce(tensor)
 
     def sum_shards(self, tensor: Tensor, what: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
@@ -205,10 +235,15 @@ class Collectives:
 
     def broadcast(self, tensor: Tensor, what: str) -> None:
         """Overwrite ``tensor`` with that of the first rank of shard x replicate."""
+        one_copy = self.memory is not None and self.memory.is_common(tensor)
         for group in (self.groups.replicate, self.groups.shard):
-            if group is not None:
-                source = dist.get_global_rank(group, 0)
-                self._start("broadcast", group, tensor, dist.broadcast, tensor, source, what=what).wait()
+            if group is None or (one_copy and group is self.groups.replicate and self.groups.shard_rank != 0):
+                continue
+            if one_copy and group is self.groups.shard:
+                self._swap(None, self.groups.shard_control, what)
+                continue
+            source = dist.get_global_rank(group, 0)
+            self._start("broadcast", group, tensor, dist.broadcast, tensor, source, what=what).wait()
 
     def exchange(self, value: Any, what: str) -> list[Any]:
         """Return every rank's picklable ``value``, by rank of the grid (replicas major). Syncs: the host waits."""

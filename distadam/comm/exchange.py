@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from distadam.comm.tree import TreeSum
+
 SCRATCH_NBYTES = 16 << 20
 """Bytes of receive buffers that one optimizer takes at most, whatever it sends."""
 
 _ALIGN = 64
-_BLOCK_NUMEL = 262144  # larger than what a call costs, smaller than what a cache holds
 _MAX_TAG = 1 << 30
 
 _next_tag: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
@@ -142,7 +143,7 @@ class Exchange:
         self._rank, self._num_ranks = group.rank(), group.size()
         self._receive_buffers: list[Tensor] = []
         self._turn = 0
-        self._blocks: dict[torch.dtype, Tensor] = {}
+        self._tree = TreeSum(self._num_ranks)
         self._worker = _Worker(group, None if timeout_s is None else timedelta(seconds=timeout_s))
         thread = threading.Thread(target=self._worker.run, name="distadam exchange", daemon=True)
         thread.start()
@@ -150,7 +151,7 @@ class Exchange:
 
     def scratch(self) -> list[Tensor]:
         """Return the buffers that are kept, for the memory report."""
-        return [*self._receive_buffers, *self._blocks.values()]
+        return [*self._receive_buffers, *self._tree.scratch]
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> Job:
         """Sum ``full`` over ranks into this rank's ``shard``, which may be wider; both are contiguous.
@@ -199,7 +200,7 @@ class Exchange:
         job, peers, longest, itemsize = Job(), self._peers(), parts[0].numel(), parts[0].element_size()
         most = max(_ALIGN, SCRATCH_NBYTES // (2 * len(peers) * itemsize) // _ALIGN * _ALIGN)
         numel = min(most, longest)
-        self._reserve(numel * itemsize * len(peers), out, parts[0].dtype)
+        self._reserve(numel * itemsize * len(peers), out)
         for start in range(0, max(1, longest), max(1, numel)):
             chunk = [part[start : start + numel] for part in parts]
             target = out[start : start + numel]
@@ -217,43 +218,15 @@ class Exchange:
 
         def add(received: dict[int, Tensor]) -> None:
             received[self._rank] = mine
-            self._add(target, [received[rank] for rank in range(self._num_ranks)])
+            self._tree.add(target, [received[rank] for rank in range(self._num_ranks)])
 
         sends = [(peer, chunk[peer]) for peer in peers]
         return _Chunk(job, _tag(self._group), sends, receive, add, last=last)
 
-    def _reserve(self, nbytes: int, out: Tensor, dtype: torch.dtype) -> None:
+    def _reserve(self, nbytes: int, out: Tensor) -> None:
         if not self._receive_buffers or self._receive_buffers[0].numel() < nbytes:
             self._receive_buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
-        if out.dtype not in self._blocks:
-            depth = max(1, (self._num_ranks - 1).bit_length()) + 1
-            self._blocks[out.dtype] = torch.empty(depth, _BLOCK_NUMEL, dtype=out.dtype)
-
-    def _add(self, target: Tensor, leaves: Sequence[Tensor]) -> None:
-        """Write the tree sum of ``leaves`` to ``target``, which may be one of them, block by block."""
-        blocks = self._blocks[target.dtype]
-        for start in range(0, target.numel(), _BLOCK_NUMEL):
-            out = target[start : start + _BLOCK_NUMEL]
-            numel = out.numel()
-            parts = [leaf[start : start + numel] for leaf in leaves]
-            for rank, part in enumerate(parts):
-                if part.data_ptr() == out.data_ptr() and rank > 0:
-                    parts[rank] = blocks[-1, :numel].copy_(part)
-            _tree_sum(out, parts, [block[:numel] for block in blocks])
-
-
-def _tree_sum(out: Tensor, leaves: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
-    """Add ``leaves`` pairwise, halves first; the left half has the larger power of two."""
-    if len(leaves) == 1:
-        if out.data_ptr() != leaves[0].data_ptr():
-            out.copy_(leaves[0])
-    elif len(leaves) == 2 and leaves[0].dtype == leaves[1].dtype == out.dtype:
-        torch.add(leaves[0], leaves[1], out=out)
-    else:
-        half = 1 << (len(leaves) - 1).bit_length() - 1
-        _tree_sum(out, leaves[:half], blocks)
-        _tree_sum(blocks[0], leaves[half:], blocks[1:])
-        out.add_(blocks[0])
+        self._tree.reserve(out.dtype)
 
 
 def _tag(group: ProcessGroup) -> int:

@@ -203,6 +203,12 @@ def _lease(parent: ProcessGroup, timeout_s: float | None, owner: object) -> Leas
     return known.leases[index]
 
 
+def silence_s(group: ProcessGroup, timeout_s: float | None) -> float:
+    """Return how long a peer may be silent: what was asked for, else the group's own timeout."""
+    timeout = _timeout(group, timeout_s)
+    return 1800.0 if timeout is None else timeout.total_seconds()
+
+
 def _timeout(parent: ProcessGroup, timeout_s: float | None) -> timedelta | None:
     """Return the timeout asked for, else the parent's own, which torch does not hand on to new groups."""
     if timeout_s is not None:

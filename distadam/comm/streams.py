@@ -13,7 +13,7 @@ Buffers that a collective reads or writes are kept by the engine until its handl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -45,7 +45,7 @@ class Pending:
         after: called once, by the first `wait`.
     """
 
-    __slots__ = ("_after", "_timeout", "_work", "what")
+    __slots__ = ("_after", "_reading", "_timeout", "_work", "what")
 
     def __init__(
         self,
@@ -58,11 +58,33 @@ class Pending:
         self._after = after
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self.what = what
+        released: Work | None = getattr(work, "released", None)
+        self._reading = None if released is None else Pending(released, f"{what}, read by all,", timeout_s)
 
     @property
     def reading(self) -> Pending:
         """The part after which the input buffer is free: waiting for it launches nothing."""
-        return self
+        return self if self._reading is None else self._reading
+
+    def pieces(self) -> Iterator[Tensor] | None:
+        """Return the result of a reduce-scatter piece by piece, or None where it can only be had whole.
+
+        Pieces are in order, each in the memory of the one before; who begins must take them all, and `wait` no more.
+
+        Raises:
+            CommError: as `wait`.
+        """
+        take: Callable[[], Iterator[Tensor]] | None = getattr(self._work, "pieces", None)
+        if take is None or self._after is not None or getattr(self._work, "done", False):
+            return None
+        self._work = None
+        return self._take(take)
+
+    def _take(self, take: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+        try:
+            yield from take()
+        except RuntimeError as error:
+            raise self._failure(error) from error
 
     def wait(self) -> None:
         """Make what follows on the current stream (CPU: on this thread) see the result.
@@ -78,12 +100,15 @@ class Pending:
                 else:
                     work.wait(self._timeout)
             except RuntimeError as error:
-                raise CommError(
-                    f"{self.what} failed on this rank: {error}. A peer died, hangs, or issued other collectives; "
-                    "look for the first error among all ranks' output."
-                ) from error
+                raise self._failure(error) from error
             if self._after is not None:
                 self._after()
+
+    def _failure(self, error: RuntimeError) -> CommError:
+        return CommError(
+            f"{self.what} failed on this rank: {error}. A peer died, hangs, or issued other collectives; "
+            "look for the first error among all ranks' output."
+        )
 
     def ready(self, within_s: float) -> bool:
         """Say whether `wait` will not block the host for long: always on CUDA, elsewhere after polling ``within_s``."""
@@ -160,10 +185,7 @@ class _Chain(Pending):
         super().__init__(None, first.what)
         self._first: Pending | None = first
         self._second = second
-
-    @property
-    def reading(self) -> Pending:
-        return self._first or DONE
+        self._reading = first.reading
 
     def ready(self, within_s: float) -> bool:
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,10 +30,17 @@ class FlatBucket:
         names: their names, by slot.
         shard: this rank's shard.
         ledger: allocates.
+        owns: whether this rank may fill a flat buffer: of one that ranks share, the first rank does.
     """
 
     def __init__(
-        self, bucket: Bucket, params: Sequence[Tensor], names: Sequence[str], shard: int, ledger: Ledger
+        self,
+        bucket: Bucket,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        shard: int,
+        ledger: Ledger,
+        owns: Callable[[Tensor], bool],
     ) -> None:
         self.bucket = bucket
         self.params = list(params)
@@ -42,7 +49,10 @@ class FlatBucket:
         self.compute_dtype = compute_dtype(self.dtype)
         self.device = params[0].device
         self.views = [(tuple(param.shape), dense_strides(param)) for param in params]
-        self.param_flat = ledger.zeros("parameters", bucket.numel, self.dtype, self.device)
+        self.param_flat = ledger.empty("parameters", bucket.numel, self.dtype, self.device)
+        self._fills = owns(self.param_flat)
+        if self._fills:
+            self.param_flat.zero_()
         self.adopt(range(len(self.params)))
         self.shard_start = shard * bucket.shard_numel
         self.param_shard = self.param_flat[self.shard_start : self.shard_start + bucket.shard_numel]
@@ -66,7 +76,8 @@ class FlatBucket:
         with torch.no_grad():
             for slot in slots:
                 view = self.param_view(slot)
-                view.copy_(self.params[slot])
+                if self._fills:
+                    view.copy_(self.params[slot])
                 self.params[slot].data = view
 
     def state(self, name: str) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +19,6 @@ from torch import Tensor
 from distadam.comm import Collectives, Pending
 from distadam.engine.ledger import Ledger
 from distadam.engine.rounds import BucketGradient
-from distadam.layout.buckets import Bucket
 
 _CHUNK = 32768
 _BLOCK = 64
@@ -52,9 +53,9 @@ class NormScratch:
             torch.dot(wide, wide, out=part)
             out.add_(part)
 
-    def blockwise(self, bucket: Bucket, values: Tensor, out: Tensor) -> None:
-        """Write the sum of squares of a bucket's shard to 0-D float64 ``out``, by float32 norms of 64 elements."""
-        num_blocks = bucket.shard_numel // _BLOCK
+    def blockwise(self, values: Tensor, out: Tensor) -> None:
+        """Write the sum of squares of a part of a shard to 0-D float64 ``out``, by float32 norms of 64 elements."""
+        num_blocks = values.numel() // _BLOCK
         if self._blocks is None or self._blocks.numel() < num_blocks or self._blocks.dtype != values.dtype:
             for old in (self._blocks, self._blocks64):
                 if old is not None:
@@ -93,7 +94,7 @@ class StepNorm:
         self._ledger = ledger
         self._collectives = collectives
         self._scratch: dict[torch.device, NormScratch] = {}
-        self._totals: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._totals: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self._pending: list[Pending] = []
         self._clipped: Tensor | None = None
         self._clipped_of: object = None
@@ -118,19 +119,28 @@ class StepNorm:
         if self._clipped_of != gradient:
             self._clipped = None
         self._wait()
-        for total, _ in self._totals.values():
+        for total, *_ in self._totals.values():
             total.zero_()
 
-    def add(self, gradient: BucketGradient, loss_scale: Tensor | None) -> None:
-        """Add one bucket's reduced gradient, as the update is going to scale it."""
+    @contextmanager
+    def of_bucket(self, gradient: BucketGradient, loss_scale: Tensor | None) -> Iterator[Callable[[Tensor], None]]:
+        """Yield what the update shows each piece of one bucket's reduced gradient to, before it scales it."""
         if self._clipped is not None:
+            yield lambda piece: None
             return
         device = gradient.flat.device
         if device not in self._totals:
-            buffer = self._ledger.zeros("scratch", 2, torch.float64, device)
-            self._totals[device] = (buffer[0], buffer[1])
-        total, part = self._totals[device]
-        self.scratch(device).blockwise(gradient.flat.bucket, gradient.summed(), part)
+            buffer = self._ledger.zeros("scratch", 3, torch.float64, device)
+            self._totals[device] = (buffer[0], buffer[1], buffer[2])
+        total, part, of_piece = self._totals[device]
+        part.zero_()
+        scratch = self.scratch(device)
+
+        def add(piece: Tensor) -> None:
+            scratch.blockwise(piece, of_piece)
+            part.add_(of_piece)
+
+        yield add
         if gradient.scaling_divisor is not None:
             part.div_(gradient.scaling_divisor).div_(gradient.scaling_divisor)
         for multiplier in gradient.multipliers:
@@ -146,7 +156,7 @@ class StepNorm:
             self._value, self._clipped = self._clipped, None
             return
         self._value = None
-        self._pending = [self._collectives.sum_shards(total, "grad_norm") for total, _ in self._totals.values()]
+        self._pending = [self._collectives.sum_shards(total, "grad_norm") for total, *_ in self._totals.values()]
 
     def settle(self) -> None:
         """At exit, give what is in flight a moment to end: gloo's thread must not outlive Python with our tensors."""
@@ -164,6 +174,6 @@ class StepNorm:
         """0-D float32 (float64 for float64 gradients' clipping); None before the first step."""
         if self._value is None and self._totals:
             self._wait()
-            totals = [total for total, _ in self._totals.values()]
+            totals = [total for total, *_ in self._totals.values()]
             self._value = sum((total.to(totals[0].device) for total in totals[1:]), totals[0]).sqrt().float()
         return self._value

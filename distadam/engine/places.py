@@ -79,17 +79,38 @@ def check_reduce(names: Mapping[Tensor, str], reduce: str, one_host: bool) -> No
         ConfigError: names a parameter, or says that ranks share no memory.
     """
     if reduce in ("exchange", "shared"):
-        for param, name in names.items():
-            if param.device.type != "cpu" and param.requires_grad:
-                raise ConfigError(
-                    f'parameter {name!r}: CommPolicy(reduce="{reduce}") expected CPU parameters but got one on '
-                    f'{param.device}; use reduce="auto".'
-                )
+        _check_on_cpu(names, f'CommPolicy(reduce="{reduce}")', 'use reduce="auto"')
     if reduce == "shared" and not one_host:
-        raise ConfigError(
-            'CommPolicy(reduce="shared") expected the ranks of the shard group to be processes of one host that may '
-            'read each other\'s memory (same user, same process namespace); use reduce="auto" or "exchange".'
-        )
+        raise ConfigError(f'CommPolicy(reduce="shared") {_ONE_HOST}; use reduce="auto" or "exchange".')
+
+
+def check_sharing(names: Mapping[Tensor, str], share_parameters: bool, one_host: bool) -> None:
+    """Refuse ``ShardPolicy(share_parameters=True)`` where parameters or ranks do not allow it.
+
+    Raises:
+        ConfigError: names a parameter, or says that ranks share no memory.
+    """
+    if share_parameters:
+        _check_on_cpu(names, "ShardPolicy(share_parameters=True)", "leave it out")
+        if not one_host:
+            raise ConfigError(
+                f"ShardPolicy(share_parameters=True) {_ONE_HOST} (and CommPolicy(reduce=...) 'auto' or 'shared'); "
+                "leave it out."
+            )
+
+
+_ONE_HOST = (
+    "expected the ranks of the shard group to be processes of one host and network namespace, which reach each other's "
+    "Unix sockets"
+)
+
+
+def _check_on_cpu(names: Mapping[Tensor, str], what: str, cure: str) -> None:
+    for param, name in names.items():
+        if param.device.type != "cpu" and param.requires_grad:
+            raise ConfigError(
+                f"parameter {name!r}: {what} expected CPU parameters but got one on {param.device}; {cure}."
+            )
 
 
 def _refuse_shared_memory(names: Mapping[Tensor, str]) -> None:

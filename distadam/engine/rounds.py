@@ -13,6 +13,7 @@ each rank zeroes the discarded parameter's part of its shard.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,10 @@ from distadam.comm import DONE, Collectives, Pending
 from distadam.engine.buffers import BufferPool, FullBuffer
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.ledger import Ledger
+
+# On a CPU gradients are copied while in cache, 1 MiB at a time, and their memory serves the next ones; elsewhere a
+# bucket is one call.
+_HOT_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,7 @@ class BucketGradient:
         self._after_plan = False
         self._inflight = DONE
         self._absorbed = 0
+        self._pending_nbytes = 0
         self._landing: Tensor | None = None
         self._held: FullBuffer | None = None
         self._sum: Tensor | None = None
@@ -100,7 +106,11 @@ class BucketGradient:
         if not current.contributed[slot]:
             current.contributed[slot] = 1
             current.missing -= self.expected[slot]
-        if grad.is_cuda:
+        if self.flat.device.type == "cpu":
+            self._pending_nbytes += grad.nbytes
+            if self._pending_nbytes >= _HOT_NBYTES:
+                self.flush(accumulate)
+        elif grad.is_cuda:
             stream = self._collectives.streams.current(grad.device)
             if stream is not None and stream not in current.streams:
                 current.streams.append(stream)
@@ -133,6 +143,7 @@ class BucketGradient:
 
     def flush(self, accumulate: bool) -> None:
         """Copy (or add) pending contributions into the open round's buffer, in one call each."""
+        self._pending_nbytes = 0
         self._flush(self._open, accumulate)
 
     def _flush(self, current: Round, accumulate: bool) -> None:
@@ -301,6 +312,20 @@ class BucketGradient:
         elif self._sum.dtype != self.flat.compute_dtype:
             self._sum = self._to_accumulator(self._sum)
         return self._sum
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield this shard's sum over ranks in the compute dtype, in order; once, in place of `summed`.
+
+        Where nothing has asked for the sum yet and the collectives can add up as it is read, it never goes to memory:
+        each piece then overwrites the one before. Otherwise there is one piece.
+        """
+        alone = self._sum is None and self._absorbed == self.launched - 1 and not self._void
+        taken = self._inflight.pieces() if alone else None
+        if taken is None:
+            yield self.summed()
+            return
+        self._absorbed = self.launched
+        yield from taken
 
     def multiply(self, factor: Tensor | float) -> None:
         """Scale the averaged gradient by a 0-D tensor or a number, when the update reads it."""

@@ -52,7 +52,6 @@ class _Work:
     group: int
     ranges: UpdateRanges
     spans: list[tuple[int, int]]
-    slots: list[int]
 
 
 class Stepper:
@@ -69,7 +68,7 @@ class Stepper:
         self._ledger = ledger
         self._streams = streams
         self._kernels: dict[str, Kernel] = {}
-        self._work: dict[tuple[int, int, bytes, int], list[_Work]] = {}
+        self._work: dict[tuple[int, int, int, bytes, int], list[_Work]] = {}
         self._history_version = 0
         self._masks: dict[tuple[int, bytes], Tensor] = {}
         self._increments: dict[torch.device, Tensor] = {}
@@ -80,7 +79,14 @@ class Stepper:
         self._work.clear()
         self._history_version += 1
 
-    def update(self, gradient: BucketGradient, has: bytes, found_inf: Tensor | None, loss_scale: Tensor | None) -> None:
+    def update(
+        self,
+        gradient: BucketGradient,
+        has: bytes,
+        found_inf: Tensor | None,
+        loss_scale: Tensor | None,
+        observe: Callable[[Tensor], None],
+    ) -> None:
         """Update the shard of one bucket and store its parameters.
 
         Args:
@@ -88,25 +94,30 @@ class Stepper:
             has: per slot, whether any rank had a gradient.
             found_inf: 0-D or 1-element float tensor; where not 0 nothing changes, steps included.
             loss_scale: 0-D; gradients are divided by it.
+            observe: is shown each piece of the gradient before it is scaled.
 
-        Syncs: never.
+        Syncs: never on CUDA; on CPU until the reduction has landed.
         """
         flat = gradient.flat
         self._count_steps(flat, has, found_inf)
-        grad = gradient.summed()
+        pieces = gradient.pieces()
         scaling = GradScaling(
             num_ranks=gradient.scaling_divisor,
             multipliers=gradient.multipliers,
             loss_scale=_on(loss_scale, flat.device),
             found_inf=_on(found_inf, flat.device),
         )
-        for work in self._work_for(flat, grad, has):
-            group = self.param_groups[work.group]
-            self._refresh(work, flat, group, found_inf)
-            self._kernel(flat, group).update(self.rule, work.ranges, group, scaling)
-            flat.weights.store(work.spans)
-            if group.get("eps") == 0:
-                _zero_padding(flat, work.slots)
+        start = 0
+        for grad in pieces:
+            observe(grad)
+            for work in self._work_for(flat, grad, start, has):
+                group = self.param_groups[work.group]
+                self._refresh(work, flat, group, found_inf)
+                self._kernel(flat, group).update(self.rule, work.ranges, group, scaling)
+                flat.weights.store(work.spans)
+            start += grad.numel()
+        if any(self.param_groups[span.group].get("eps") == 0 for span in flat.bucket.ranges):
+            _zero_padding(flat)
 
     def _count_steps(self, flat: FlatBucket, has: bytes, found_inf: Tensor | None) -> None:
         if flat.steps._version != flat.steps_version:  # the user wrote to optimizer.state[p]["step"]
@@ -172,33 +183,39 @@ class Stepper:
             flat.history[slot] = numbers[key]
         self._history_version += 1
 
-    def _work_for(self, flat: FlatBucket, grad: Tensor, has: bytes) -> list[_Work]:
-        key = (flat.bucket.index, id(grad), has, self._history_version)
+    def _work_for(self, flat: FlatBucket, grad: Tensor, start: int, has: bytes) -> list[_Work]:
+        # By address: the cached views keep their memory, so no other tensor can have it while they are here.
+        key = (flat.bucket.index, start, grad.data_ptr(), has, self._history_version)
         work = self._work.get(key)
-        if work is None or (work and work[0].ranges.grads[0].untyped_storage()._cdata != grad.untyped_storage()._cdata):
+        if work is None:
             if len(self._work) >= _MAX_CACHED * 16:
                 self._work.clear()
-            work = self._work[key] = self._make_work(flat, grad, has)
+            work = self._work[key] = self._make_work(flat, grad, start, has)
         return work
 
-    def _make_work(self, flat: FlatBucket, grad: Tensor, has: bytes) -> list[_Work]:
+    def _make_work(self, flat: FlatBucket, grad: Tensor, start: int, has: bytes) -> list[_Work]:
+        """Return what to update with ``grad``, which is that of the shard from ``start`` on."""
         weight = flat.weights.load()
         result = []
         for group_range in flat.bucket.ranges:
             pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
-            runs = list(_runs(flat, pieces, has))
-            if not runs:
+            spans: list[tuple[int, int]] = []
+            slots: list[int] = []
+            for run in _runs(flat, pieces, has):
+                first, last = max(run[0].start, start), min(run[-1].padded_end, start + grad.numel())
+                if first < last:
+                    spans.append((first, last))
+                    slots.append(run[0].slot)
+            if not spans:
                 continue
-            spans = [(run[0].start, run[-1].padded_end) for run in runs]
-            slots = [run[0].slot for run in runs]
             ranges = UpdateRanges(
-                weights=[weight[start:end] for start, end in spans],
-                grads=[grad[start:end] for start, end in spans],
+                weights=[weight[first:last] for first, last in spans],
+                grads=[grad[first - start : last - start] for first, last in spans],
                 states={},
                 steps=[flat.steps[slot] for slot in slots],
                 first=[None] * len(spans),
             )
-            result.append(_Work(group_range.group, ranges, spans, slots))
+            result.append(_Work(group_range.group, ranges, spans))
         return result
 
     def _refresh(self, work: _Work, flat: FlatBucket, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
@@ -246,7 +263,7 @@ def _runs(flat: FlatBucket, pieces: Sequence[Piece], has: bytes) -> list[list[Pi
     return runs
 
 
-def _zero_padding(flat: FlatBucket, slots: Sequence[int]) -> None:
+def _zero_padding(flat: FlatBucket) -> None:
     """With eps=0 an update writes 0/0 to padding: keep it zero (contract 2.3.7)."""
     written = [flat.weights.load(), flat.param_shard, *flat.states.values()]
     padded = [piece for piece in flat.pieces if piece.end < piece.padded_end]
