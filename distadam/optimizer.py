@@ -140,7 +140,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
             gradient, has = self._reducer.gradients[index], self._reducer.bucket_has(index)
             if 1 not in has:
                 continue  # no rank has a gradient here: bits, moments and steps stay
-            self._gatherer.reclaim(index)  # the last step's gather may still read the shard
+            self._gatherer.wait(index)  # the last step's gather may still read the shard
             with self._norm.of_bucket(gradient, loss_scale) as observe:
                 self._stepper.update(gradient, has, found_inf, loss_scale, observe)
             self._gatherer.launch(gradient.flat)

@@ -2,9 +2,10 @@
 
 Each rank is a thread. A collective takes effect (every rank's input is read, every rank's output is written) at one
 moment after all ranks have launched it: at a random one, or only when some rank waits for it, and in any order among
-those in flight (gloo runs several at a time; NCCL's order is one of those allowed here). So a wait that is missing in
-the engine shows as a wrong result within few schedules. `World.dropped` names wait sites that do nothing: the proof
-that the double can fail.
+those in flight (gloo runs several at a time; NCCL's order is one of those allowed here). With ``one_by_one`` each rank
+reads its peers' buffers at a moment of its own, as ranks that share memory do, so an owner that overwrites a buffer too
+early shows too. A wait that is missing in the engine shows as a wrong result within few schedules. `World.dropped`
+names wait sites that do nothing: the proof that the double can fail.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 import distadam.optimizer
 from distadam.comm import CollectiveStats, Groups, Streams
+from distadam.engine import buffers
 
 PATIENCE_S = 60.0
 _local = threading.local()
@@ -36,14 +38,17 @@ class Operation:
     def __init__(self, name: str) -> None:
         self.name = name
         self.parts: dict[int, tuple[Tensor, ...]] = {}
-        self.done = False
+        self.done: set[int] = set()
 
 
 class World:
     """Ranks in threads and the collectives between them."""
 
-    def __init__(self, num_ranks: int, seed: int, dropped: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, num_ranks: int, seed: int, dropped: frozenset[str] = frozenset(), one_by_one: bool = False
+    ) -> None:
         self.num_ranks = num_ranks
+        self.one_by_one = one_by_one
         self.dropped = dropped
         self.sites: Counter[str] = Counter()
         self._random = random.Random(seed)
@@ -66,18 +71,32 @@ class World:
             operation.parts[rank] = tensors
             for candidate in self._random.sample(self._operations, len(self._operations)):
                 if self._random.random() < self._eagerness:
-                    self._happen(candidate)
+                    self._happen(candidate, self._random.randrange(self.num_ranks))
             self._condition.notify_all()
-        return LatePending(self, operation)
+        return LatePending(self, operation, rank)
 
-    def wait(self, operation: Operation) -> None:
+    def read_by_all(self, operation: Operation, rank: int) -> bool:
+        """Read for ``rank`` if everything is there; say whether all ranks have."""
+        with self._condition:
+            self._happen(operation, rank)
+            return len(operation.done) == self.num_ranks
+
+    def wait_read_by_all(self, operation: Operation) -> None:
+        with self._condition:
+            arrived = self._condition.wait_for(
+                lambda: self.failed or len(operation.done) == self.num_ranks, timeout=PATIENCE_S
+            )
+            assert arrived, f"hang: {operation.name} was read by ranks {sorted(operation.done)} only"
+            assert not self.failed, "another rank failed"
+
+    def wait(self, operation: Operation, rank: int) -> None:
         with self._condition:
             arrived = self._condition.wait_for(
                 lambda: self.failed or len(operation.parts) == self.num_ranks, timeout=PATIENCE_S
             )
             assert arrived, f"hang: {operation.name} was launched by ranks {sorted(operation.parts)} only"
             assert not self.failed, "another rank failed"
-            self._happen(operation)
+            self._happen(operation, rank)
 
     def meet(self, rank: int, value: Any) -> list[Any]:
         """Exchange values between hosts."""
@@ -99,12 +118,17 @@ class World:
             self.failed = True
             self._condition.notify_all()
 
-    def _happen(self, operation: Operation) -> None:
-        if operation.done or len(operation.parts) < self.num_ranks:
+    def _happen(self, operation: Operation, rank: int) -> None:
+        if rank in operation.done or len(operation.parts) < self.num_ranks:
             return
-        operation.done = True
         parts = [operation.parts[rank] for rank in range(self.num_ranks)]
         kind = operation.name.split(" ", 1)[0]
+        if self.one_by_one and kind in ("reduce_scatter", "all_gather"):
+            operation.done.add(rank)
+            self._read(kind, parts, rank)
+            self._condition.notify_all()
+            return
+        operation.done.update(range(self.num_ranks))
         if kind == "reduce_scatter":
             total = sum(full.clone() for _, full in parts)
             for rank, (shard, _) in enumerate(parts):
@@ -120,26 +144,64 @@ class World:
         else:
             raise AssertionError(kind)
 
+    def _read(self, kind: str, parts: list[tuple[Tensor, ...]], rank: int) -> None:
+        """Let one rank read its peers' buffers as they are now."""
+        if kind == "reduce_scatter":
+            numel = parts[rank][0].numel()
+            parts[rank][0].copy_(sum(full[rank * numel : (rank + 1) * numel] for _, full in parts))
+        else:
+            for other, (_, shard) in enumerate(parts):
+                parts[rank][0].view(self.num_ranks, -1)[other].copy_(shard)
+
 
 class LatePending:
     """Stands for `distadam.comm.Pending`; a dropped site's wait does nothing."""
 
-    def __init__(self, world: World, operation: Operation) -> None:
+    def __init__(self, world: World, operation: Operation, rank: int) -> None:
         self._world = world
         self._operation = operation
+        self._rank = rank
 
     @property
     def reading(self) -> LatePending:
-        return self
+        return LateReading(self._world, self._operation, self._rank) if self._world.one_by_one else self
 
     def ready(self, within_s: float) -> bool:
-        return within_s > 0 or self._operation.done
+        return within_s > 0 or self._rank in self._operation.done
+
+    def pieces(self) -> Iterator[Tensor] | None:
+        """Sums as they are read, where ranks read one by one."""
+        if not self._world.one_by_one or self._rank in self._operation.done:
+            return None
+        return self._take()
+
+    def _take(self) -> Iterator[Tensor]:
+        self._world.wait(self._operation, self._rank)
+        whole = self._operation.parts[self._rank][0].clone()
+        piece = torch.empty(64)
+        for part in whole.split(64):
+            yield piece.copy_(part)
 
     def wait(self) -> None:
         site = wait_site()
         self._world.sites[site] += 1
         if site not in self._world.dropped:
-            self._world.wait(self._operation)
+            self._world.wait(self._operation, self._rank)
+
+
+class LateReading(LatePending):
+    """The part after which the input may be overwritten."""
+
+    def ready(self, within_s: float) -> bool:
+        dropped = "read by all: " + wait_site() in self._world.dropped
+        return dropped or self._world.read_by_all(self._operation, self._rank)
+
+    def wait(self) -> None:
+        site = "read by all: " + wait_site()
+        self._world.sites[site] += 1
+        if site not in self._world.dropped:
+            self._world.wait(self._operation, self._rank)
+            self._world.wait_read_by_all(self._operation)
 
 
 def wait_site() -> str:
@@ -159,7 +221,7 @@ class LateCollectives:
 
     memory = None
 
-    def __init__(self, groups: Groups, streams: Streams, timeout_s: float | None = None, reduce: str = "auto") -> None:
+    def __init__(self, groups: Groups, streams: Streams, *_: Any) -> None:
         self.groups = groups
         self.streams = streams
         self.stats = CollectiveStats()
@@ -176,6 +238,9 @@ class LateCollectives:
 
     def release(self, tensor: Tensor) -> None:
         pass
+
+    def owns(self, tensor: Tensor) -> bool:
+        return True
 
     def scratch(self) -> list[Tensor]:
         return []
@@ -220,6 +285,7 @@ def _patched() -> Any:
     with (
         mock.patch.object(distadam.optimizer, "Collectives", LateCollectives),
         mock.patch.object(distadam.optimizer.Groups, "resolve", _resolve),
+        mock.patch.object(buffers, "PATIENCE_S", 0.01),
         mock.patch.object(distadam.optimizer.places, "refuse_ddp", return_value=None),  # scans all objects: slow
     ):
         yield

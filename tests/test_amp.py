@@ -348,7 +348,7 @@ class Half(nn.Module):
 
 
 def _half(rank: int) -> None:
-    """Gradients that fit, then a sum that overflows though no rank's part does (added up in fp16), then ones that fit."""
+    """Gradients that fit, then a sum in fp16 that overflows though no rank's part does, then ones that fit."""
     for bucket_mb, stage in ((TINY_MB, 2), ("auto", 1)):
         model, twin = Half(), Half()
         optimizer = distadam.AdamW(

@@ -207,11 +207,17 @@ def test_average_is_the_sum_and_one_division(num_ranks: int, dtype: torch.dtype)
 
 
 def _reduced(
-    rank: int, dtype: torch.dtype, reduce_dtype: torch.dtype | None, grads: Sequence[Sequence[float]], how: str
+    rank: int,
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype | None,
+    grads: Sequence[Sequence[float]],
+    how: str,
+    reduce: Any = "auto",
 ) -> tuple[Tensor, dict[str, int]]:
     """Return the averaged gradient of microbatches ``grads[rank]``, and the bytes of gradient memory."""
     param = nn.Parameter(torch.zeros(64, dtype=dtype))
-    optimizer = distadam.SGD([param], lr=1.0, momentum=0.5, precision=PrecisionPolicy(reduce_dtype=reduce_dtype))
+    precision, comm = PrecisionPolicy(reduce_dtype=reduce_dtype), CommPolicy(reduce=reduce)
+    optimizer = distadam.SGD([param], lr=1.0, momentum=0.5, precision=precision, comm=comm)
     mine = grads[rank]
     for number, value in enumerate(mine):
         loss = (param * torch.tensor(value, dtype=dtype)).sum()
@@ -245,11 +251,12 @@ def test_16_bitbackwards_without_no_sync_add_in_fp32(num_ranks: int) -> None:
 
 
 def test_reduce_dtype_is_what_travels() -> None:
-    """bf16 on the wire rounds 257 to 256; fp32 on the wire keeps a sum that bf16 cannot hold."""
+    """bf16 on the wire rounds 257 to 256; fp32 on the wire keeps a sum that bf16 cannot hold, as sums of our own do."""
     for value, _ in run_ranks(2, _reduced, torch.float32, torch.bfloat16, [[257.0], [257.0]], "backward"):
         assert value.item() == 256.0
-    for value, _ in run_ranks(2, _reduced, torch.bfloat16, None, [[256.0], [1.0]], "backward"):
-        assert value.item() == 128.0
+    for reduce, expected in (("native", 128.0), ("exchange", 128.5), ("shared", 128.5)):
+        for value, _ in run_ranks(2, _reduced, torch.bfloat16, None, [[256.0], [1.0]], "backward", reduce):
+            assert value.item() == expected
     for value, _ in run_ranks(2, _reduced, torch.bfloat16, torch.float32, [[256.0], [1.0]], "backward"):
         assert value.item() == 128.5
     for value, _ in run_ranks(2, _reduced, torch.float32, None, [[257.0], [0.0]], "no_sync"):

@@ -326,7 +326,7 @@ INVALID: list[tuple[type, str, Any]] = [
     ],
     *[(CommPolicy, "bucket_mb", value) for value in (0, -1.0, float("nan"), float("inf"), "25", None, True)],
     *[(CommPolicy, field, value) for field in ("overlap_reduce", "overlap_gather") for value in (1, None, "yes")],
-    *[(CommPolicy, "reduce", value) for value in ("exchange", "shared", None)],
+    *[(CommPolicy, "reduce", value) for value in ("symmetric", "Shared", None)],
     *[(CommPolicy, "timeout_s", value) for value in (0, -1, float("nan"), float("inf"), "30", True)],
     *[(OffloadPolicy, "state", value) for value in ("host", "cpu", None)],
 ]

@@ -120,6 +120,11 @@ class SharedMemory:
         found = self._segments.get(tensor.data_ptr())
         return None if found is None else found[1]
 
+    @property
+    def mapped(self) -> list[Tensor]:
+        """Peers' memory as it is mapped here: theirs, so not in the memory report."""
+        return list(self._mapped.values())
+
     def view(self, peer: int, segment: int, dtype: torch.dtype, numel: int) -> Tensor:
         """Return the first ``numel`` elements of a peer's memory."""
         return self._mapped[peer, segment][: numel * dtype.itemsize].view(dtype)
@@ -241,11 +246,6 @@ class _Reading:
         self.done = False
         over.mesh.tell(READY, self._number, segment)
 
-    @property
-    def released(self) -> _Released:
-        """The part after which this rank may overwrite its buffer: all peers have read it."""
-        return _Released(self, self._over, self._number)
-
     def is_completed(self) -> bool:
         """Say whether waiting would take no longer than the work itself: every peer's buffer is ready."""
         return self.done or self._over.mesh.arrived(READY, self._number)
@@ -270,13 +270,12 @@ class _Reading:
 
     def _finish(self) -> None:
         self.done = True
-        self._over.mesh.tell(READ, self._number)
 
 
 class _Released:
     """Every peer has read this rank's buffer."""
 
-    def __init__(self, reading: _Reading, over: Shared, number: int) -> None:
+    def __init__(self, reading: Reduction, over: Shared, number: int) -> None:
         self._reading = reading
         self._over = over
         self._number = number
@@ -326,8 +325,17 @@ class Reduction(_Reading):
             yield piece
         self._finish()
 
+    @property
+    def released(self) -> _Released:
+        """The part after which this rank may overwrite its buffer: all peers have read it."""
+        return _Released(self, self._over, self._number)
+
     def _read(self) -> None:
         self._over.tree.add(self._shard, self._leaves())
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._over.mesh.tell(READ, self._number)
 
     def _leaves(self) -> list[Tensor]:
         full, rank, numel = self._full, self._over.mesh.rank, self._shard.numel()
@@ -338,7 +346,11 @@ class Reduction(_Reading):
 
 
 class Gather(_Reading):
-    """An all-gather; see `Shared.all_gather`. ``full`` is None where all ranks have the same memory."""
+    """An all-gather; see `Shared.all_gather`. ``full`` is None where all ranks have the same memory.
+
+    No rank says that it has read: `step` overwrites shards after all ranks have agreed on it, and each has waited by
+    then for every parameter that it has used. What it has not used it gathers again before it does.
+    """
 
     def __init__(self, over: Shared, segment: int, full: Tensor | None, shard_numel: int) -> None:
         self._full, self._numel = full, shard_numel

@@ -15,7 +15,6 @@ class Gatherer:
         self._collectives = collectives
         self._overlap = overlap
         self._pending: dict[int, Pending] = {}
-        self._sent: dict[int, Pending] = {}
 
     @property
     def arriving(self) -> Mapping[int, Pending]:
@@ -28,8 +27,7 @@ class Gatherer:
         Collective: every rank of the shard group. Syncs: never with overlap; on CPU until done without.
         """
         index = flat.bucket.index
-        pending = self._collectives.all_gather(flat.param_flat, flat.param_shard, f"bucket {index}")
-        self._pending[index], self._sent[index] = pending, pending.reading
+        self._pending[index] = self._collectives.all_gather(flat.param_flat, flat.param_shard, f"bucket {index}")
         if not self._overlap:
             self.wait(index)
 
@@ -38,13 +36,6 @@ class Gatherer:
         pending = self._pending.pop(bucket, None)
         if pending is not None:
             pending.wait()
-
-    def reclaim(self, bucket: int) -> None:
-        """Make what follows free to write this rank's shard: it has its peers' shards, and they have read this one."""
-        self.wait(bucket)
-        sent = self._sent.pop(bucket, None)
-        if sent is not None:
-            sent.wait()
 
     def wait_all(self) -> None:
         """Make what follows see every parameter."""

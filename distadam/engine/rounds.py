@@ -320,7 +320,8 @@ class BucketGradient:
         each piece then overwrites the one before. Otherwise there is one piece.
         """
         alone = self._sum is None and self._absorbed == self.launched - 1 and not self._void
-        taken = self._inflight.pieces() if alone else None
+        fits = self._landing is not None and self._landing.dtype == self.flat.compute_dtype
+        taken = self._inflight.pieces() if alone and fits else None
         if taken is None:
             yield self.summed()
             return
