@@ -14,6 +14,7 @@ import os
 import platform
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -167,6 +168,7 @@ def measure(options: argparse.Namespace, servers: dict[str, Server], folder: Pat
                     job |= {"pin": options.pin and num_ranks <= len(os.sched_getaffinity(0)), "store": f"{out}.store"}
                     job |= {"reference": str(reference) if number == 0 else "", "port": 29500}
                     job |= {"extra": common["extra"] if number == 0 else 0}
+                    print(f"\r{model}, {num_ranks} ranks, {entry.key:40}", end="", file=sys.stderr, flush=True)
                     try:
                         reason = why_not(entry.name)
                         if reason:
@@ -186,7 +188,7 @@ def _say(section: dict[str, Any], number: int, rounds: int, results: dict[str, A
     }
     text = "  ".join(f"{key} {1e3 * times[len(times) // 2]:.0f}" for key, times in took.items())
     head = f"{section['model']}, {section['ranks']} ranks, round {number + 1} of {rounds} (ms)"
-    print(f"{head}: {text}", flush=True)
+    print(f"\r{head}: {text}", flush=True)
     if number == 0:
         for key, reason in section["failed"].items():
             print(f"  {key} does not run: {reason}", flush=True)
@@ -242,6 +244,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended too
     began = time.monotonic()
     isolated = can_isolate()
     allocators = ["set", "plain"] if options.allocator == "both" else [options.allocator]

@@ -1,4 +1,4 @@
-"""The two models that every contender trains, and their batches: the same numbers for every contender and rank count."""
+"""The two models that every contender trains, and their batches: the same for all, on any number of ranks."""
 
 import inspect
 import sys
