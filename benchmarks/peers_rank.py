@@ -64,17 +64,20 @@ class PeakPss:
 def run_rank(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """Train the job's steps; return times in seconds and sizes in bytes."""
     contender, num_ranks = CONTENDERS[job["contender"]], job["ranks"]
+    began = time.monotonic()
     torch.set_num_threads(1)
     if job["pin"]:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     _join(contender.backend, job, rank)
     before = memory_nbytes("Pss")
+    joined = time.monotonic()
     num_steps = job["warm_up"] + job["steps"] + job["extra"]
     work = build(job["model"], num_steps, rank, num_ranks)
     numel = sum(param.numel() for param in work.model.parameters())
     trainer = contender.build(work)
     steps = iter(work.batches)
+    built = time.monotonic()
     for _ in range(job["warm_up"]):
         _step(work, trainer, next(steps))
     result = _timed(work, trainer, [next(steps) for _ in range(job["steps"])])
@@ -86,6 +89,7 @@ def run_rank(job: dict[str, Any], rank: int) -> dict[str, Any]:
         result |= {"peak_pss": peak.nbytes, "peak_rss": memory_nbytes("VmHWM")}
     if job["reference"] and contender.backend:
         result["deviation"] = _deviation(trainer.parameters(), job, rank)
+    result["phases_s"] = [joined - began, built - joined, time.monotonic() - built, began, time.monotonic()]
     _meet()  # a rank that left early would break what its peers still do
     return result
 

@@ -116,8 +116,9 @@ def markdown(run: dict[str, Any], picture: str) -> str:
         f"`{run['command']}` at {run['commit']}, {run['date']}, {run['seconds'] / 60:.1f} minutes.\n"
         f"{run['machine']}, Linux {run['kernel']}; {versions}. Network: {run['network']}.",
         f"fp32, AdamW, one thread per rank. {settings['rounds']} rounds; in each every contender trains"
-        f" {settings['steps']} timed steps behind {settings['warm_up']} others. A step is as long as on its slowest rank. Shown are"
-        " the median, minimum and maximum over rounds of a round's median; ratios are taken within a round. *Outside*"
+        f" {settings['steps']} timed steps behind {settings['warm_up']} others. A step is as long as on its slowest"
+        " rank. Shown are the median, minimum and maximum over rounds of a round's median; ratios are taken within a"
+        " round. *Outside*"
         " *compute* is what a step takes beyond forward and backward alone on one process per rank in the same round."
         " *Loopback* counts bytes of a step on the interface, all ranks together; memory that ranks share is not on it."
         " PSS counts a page that n processes share as 1/n of a page; *above start* leaves out the interpreter and what"
