@@ -186,28 +186,30 @@ class Contender:
         build: makes the trainer.
         backend: of torch.distributed; "" for none.
         plain: whether it is also run without the allocator settings.
+        everywhere: whether it is also run on more ranks than the first number.
     """
 
     label: str
     build: Callable[[Workload], Trainer]
     backend: str = "gloo"
-    plain: bool = True
+    plain: bool = False
+    everywhere: bool = True
 
 
 CONTENDERS = {
     "compute": Contender(label="compute alone", build=compute, backend=""),
-    "ddp": Contender(label="DDP + AdamW(fused)", build=ddp),
-    "ddp-again": Contender(label="DDP + AdamW(fused), again", build=ddp),
-    "ddp-view": Contender(label="DDP, gradients as bucket views", build=ddp_view),
-    "zero-redundancy": Contender(label="DDP + ZeroRedundancyOptimizer", build=zero_redundancy),
+    "ddp": Contender(label="DDP + AdamW(fused)", build=ddp, plain=True),
+    "ddp-again": Contender(label="DDP + AdamW(fused), again", build=ddp, plain=True),
+    "ddp-view": Contender(label="DDP, gradients as bucket views", build=ddp_view, plain=True),
+    "zero-redundancy": Contender(label="DDP + ZeroRedundancyOptimizer", build=zero_redundancy, plain=True),
     "fsdp": Contender(label="FSDP2, no reshard", build=fsdp),
-    "fsdp-reshard": Contender(label="FSDP2, reshard", build=fsdp_reshard, plain=False),
-    "deepspeed1": Contender(label="DeepSpeed ZeRO-1, CPUAdam", build=deepspeed_zero1, plain=False),
+    "fsdp-reshard": Contender(label="FSDP2, reshard", build=fsdp_reshard, everywhere=False),
+    "deepspeed1": Contender(label="DeepSpeed ZeRO-1, CPUAdam", build=deepspeed_zero1, everywhere=False),
     "deepspeed2": Contender(label="DeepSpeed ZeRO-2, CPUAdam", build=deepspeed_zero2),
     "oss": Contender(label="DDP + fairscale OSS", build=fairscale_oss),
-    "distadam": Contender(label="distadam (shared)", build=shared),
-    "distadam-prefetch": Contender(label="distadam (shared, prefetch)", build=shared_prefetch, plain=False),
-    "distadam-share-parameters": Contender(label="distadam (shared parameters)", build=shared_parameters, plain=False),
-    "distadam-exchange": Contender(label="distadam (exchange, gloo)", build=exchange, plain=False),
-    "distadam-mpi4py": Contender(label="distadam (exchange, mpi4py)", build=exchange, backend="mpi4py", plain=False),
+    "distadam": Contender(label="distadam (shared)", build=shared, plain=True),
+    "distadam-prefetch": Contender(label="distadam (shared, prefetch)", build=shared_prefetch, everywhere=False),
+    "distadam-share-parameters": Contender(label="distadam (shared parameters)", build=shared_parameters),
+    "distadam-exchange": Contender(label="distadam (exchange, gloo)", build=exchange),
+    "distadam-mpi4py": Contender(label="distadam (exchange, mpi4py)", build=exchange, backend="mpi4py"),
 }

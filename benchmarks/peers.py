@@ -133,13 +133,20 @@ def why_not(name: str) -> str:
 
 
 def entries(options: argparse.Namespace, num_ranks: int) -> list[Entry]:
-    """Return what a round runs, in order: at more ranks than the first, only DDP without allocator settings too."""
+    """Return what a round runs, in order; variants, and most rows without allocator settings, at the first ranks only.
+
+    The noise row and what ratios refer to are wanted once: without the settings, where there are both.
+    """
     found = []
+    first = num_ranks == options.ranks[0]
     for name in options.contenders:
-        if options.allocator in ("set", "both"):
+        contender = CONTENDERS[name]
+        if not (first or contender.everywhere):
+            continue
+        if options.allocator == "set" or (options.allocator == "both" and name != "ddp-again"):
             found.append(Entry(name=name, allocator="set"))
-        base = name in ("ddp", "ddp-again") or num_ranks == options.ranks[0]
-        if options.allocator == "plain" or (options.allocator == "both" and CONTENDERS[name].plain and base):
+        plain = contender.plain and (first or name in ("ddp", "ddp-again"))
+        if options.allocator == "plain" or (options.allocator == "both" and plain):
             found.append(Entry(name=name, allocator="plain"))
     return found
 
