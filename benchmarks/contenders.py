@@ -1,7 +1,7 @@
 """Who is compared: each contender turns a model into a training step. Peers are imported only where they run.
 
-A peer is set up as its documentation recommends for this case; where there are variants that matter (buckets as views,
-resharding), each is a contender of its own.
+A peer runs with its defaults except for what its row or docstring says; no peer was tuned further.
+ZeroRedundancyOptimizer and OSS stand behind DDP with gradients as bucket views.
 """
 
 import os

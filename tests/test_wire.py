@@ -4,8 +4,9 @@ A step over N ranks must send (N-1) x (gradient bytes in the wire's dtype + para
 all ranks together: each rank reads everybody else's part of its shard and sends its shard to everybody else. Buckets
 are padded, by at most 1% at 25 MB.
 
-The interface is that of a network namespace which holds nothing but the test's ranks. Beside the payload it carries TCP
-and IP headers (52 bytes for up to 64 KB), acknowledgements, gloo's 80-odd bytes a message, and the votes of a step.
+The interface is that of a network namespace which holds nothing but the test's ranks. Beside the payload it carries
+headers, acknowledgements, gloo's own messages and the votes of a step: 0.1% (float32), 0.9% (16-bit wire) and 0.1% (all
+16-bit) of 11 to 22 MB in one run on two ranks.
 """
 
 from __future__ import annotations
