@@ -11,13 +11,16 @@ TORCH ?= 2.13.0
 NPROC ?= 2
 DEMO ?= runs/demo
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH)
 TRAIN := examples/train_gpt.py
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 
-.PHONY: help setup demo test lint types tests format clean
+.PHONY: help setup demo test lint types tests bench format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -62,10 +65,25 @@ types: setup ## mypy, strict, on the package.
 tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.
+$(PEERS_READY): $(READY)
+	@echo "bench: installing the peers into $(PEERS)"
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > "$$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torch.pth"
+	@for package in deepspeed fairscale "mpi4py mpich"; do \
+	  $(PEERS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check $$package \
+	  || echo "bench: $$package could not be installed"; \
+	done
+	@touch $@
+
+bench: $(PEERS_READY) ## Train beside DDP, FSDP2, DeepSpeed and others; BENCH_ARGS="--models mlp --ranks 2" narrows it.
+	@$(PEERS)/bin/python benchmarks/peers.py $(BENCH_ARGS)
+
 format: setup ## Rewrite the sources as ruff formats them.
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
 clean: ## Remove the environment, caches and what runs wrote.
-	@rm -rf $(VENV) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf $(VENV) $(PEERS) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from distadam.cli.failures import print_failures, sort_failures
 from distadam.cli.rank_output import PREFIX_TEMPLATE, RankLines
 
-__all__ = ["cpu_environment", "launch"]
+__all__ = ["cpu_environment", "launch", "launch_here"]
 
 # Note [Allocator settings]: glibc gives freed blocks above its mmap threshold back to the kernel, so the gradients that
 # backward allocates afresh each step cost a page fault for every 4 KB, each step. These keep freed memory in the
@@ -64,6 +64,16 @@ def launch(
     if code and log_dir is not None:
         console.print(f"distadam launch: logs in {log_dir}", highlight=False)
     raise typer.Exit(code)
+
+
+def launch_here(nproc: str, module: str, args: list[str]) -> int:
+    """Run ``python -m module args`` on ``nproc`` ranks of this host, set up as by `launch`; return the exit code."""
+    console = Console(stderr=True)
+    num_local = _count_processes(nproc)
+    _announce(console, num_local, 1)
+    with _log_folder(None) as folder:
+        config = _config(num_local, 1, None, "", 0, folder)
+        return _run(console, config, ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args])
 
 
 def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
