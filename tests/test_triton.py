@@ -10,6 +10,7 @@ an oracle in extended precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,13 +57,19 @@ def upload(host: Tensor, out: Tensor) -> None:
     out.copy_(host)
 
 
+@pytest.fixture(autouse=True)
+def quiet_numpy() -> Iterator[None]:
+    """The interpreter computes with numpy, which warns where floating point overflows."""
+    with np.errstate(all="ignore"):
+        yield
+
+
 @pytest.fixture
 def ieee_sqrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference with the square root that Triton has."""
 
     def sqrt_into(x: Tensor, out: Tensor) -> None:
-        with np.errstate(invalid="ignore"):
-            out.copy_(torch.from_numpy(np.sqrt(x.numpy())))
+        out.copy_(torch.from_numpy(np.sqrt(x.numpy())))
 
     monkeypatch.setattr("distadam.rules.adam.sqrt_into", sqrt_into)
     monkeypatch.setattr("distadam.rules.rmsprop.sqrt_into", sqrt_into)
@@ -155,3 +162,182 @@ def test_update_is_within_the_contracts_bound(name: str) -> None:
     exact = ORACLES[name](group, problem)
     run_triton(name, [group], problem)
     assert worst_error(problem, exact) <= BOUND
+
+
+@pytest.mark.usefixtures("ieee_sqrt")
+@pytest.mark.parametrize("numel", [64, 960, 1024, 1088, 3 * 1024 + 64])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_master_weights_round_to_nearest_even(numel: int, grad_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
+    group = make_group("adamw", OPTIONS_TO_RUN["adamw"])
+    problem = problem_for("adamw", group, numel=numel, seed=numel)
+    grad = problem.grad.to(grad_dtype)
+    problem.grad = grad.float()
+    expected = problem.clone()
+    run_reference("adamw", group, expected)
+    param = torch.zeros(numel, dtype=param_dtype)
+    run_triton("adamw", [group], problem, param=param, extra=problem.weight, grad=grad, weights="master")
+    assert same_bits(problem.results(), expected.results())
+    assert torch.equal(param.view(torch.int16), expected.weight.to(param_dtype).view(torch.int16))
+
+
+SCALINGS: list[dict[str, float]] = [
+    {"num_ranks": 3.0},
+    {"multiplier0": 0.7},
+    {"loss_scale": 1000.0},
+    {"num_ranks": 7.0, "multiplier0": 0.3, "multiplier1": 1.1, "loss_scale": 3.0},
+]
+
+
+@pytest.mark.usefixtures("ieee_sqrt")
+@pytest.mark.parametrize("factors", SCALINGS, ids="-".join)
+@EVERY_RULE
+def test_each_factor_rounds_by_itself_in_order(name: str, factors: dict[str, float]) -> None:
+    group = make_group(name, OPTIONS_TO_RUN[name])
+    problem = problem_for(name, group)
+    expected = problem.clone()
+    for key, value in factors.items():
+        factor = torch.tensor(value)
+        expected.grad = expected.grad * factor if "multiplier" in key else expected.grad / factor
+    run_reference(name, group, expected)
+    run_triton(name, [group], problem, **factors)
+    assert same_bits(problem.results(), expected.results())
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, math.inf, math.nan])
+@EVERY_RULE
+def test_found_inf_keeps_every_bit(name: str, found_inf: float) -> None:
+    group = make_group(name, OPTIONS_TO_RUN[name])
+    problem = problem_for(name, group, count=1, numel=128)
+    problem.grad[3] = math.nan
+    before = problem.clone()
+    run_triton(name, [group], problem, counts=[0.0], found_inf=found_inf)  # a skipped first step has count 0
+    assert same_bits(problem.results(), before.results())
+
+
+@pytest.mark.usefixtures("ieee_sqrt")
+@EVERY_RULE
+def test_found_inf_of_0_updates(name: str) -> None:
+    group = make_group(name, OPTIONS_TO_RUN[name])
+    problem = problem_for(name, group, numel=128)
+    expected = problem.clone()
+    run_reference(name, group, expected)
+    run_triton(name, [group], problem, found_inf=0.0)
+    assert same_bits(problem.results(), expected.results())
+
+
+@pytest.mark.usefixtures("ieee_sqrt")
+@EVERY_RULE
+def test_one_launch_serves_groups_step_counts_and_gaps(name: str) -> None:
+    options = OPTIONS_TO_RUN[name]
+    groups = [make_group(name, {**options, "lr": lr, "weight_decay": decay}) for lr, decay in [(1e-3, 0.0), (0.1, 0.2)]]
+    problem = problem_for(name, groups[0], numel=4096)
+    expected, before = problem.clone(), problem.clone()
+    ranges = [
+        Range(start=0, end=1152, group=1, slot=2),  # more than a chunk
+        Range(start=1152, end=1216, group=0, slot=0),
+        Range(start=1280, end=2304, group=0, slot=1),  # after a gap
+        Range(start=4032, end=4096, group=1, slot=0),
+    ]
+    counts = [3.0, 1.0, 250.0]
+    touched = torch.zeros(4096, dtype=torch.bool)
+    for span in ranges:
+        piece = slice(span.start, span.end)
+        touched[piece] = True
+        state = {key: tensor[piece] for key, tensor in expected.state.items()}
+        part = Problem(
+            weight=expected.weight[piece], grad=expected.grad[piece], state=state, count=int(counts[span.slot])
+        )
+        run_reference(name, groups[span.group], part)
+    structures = [structure_of(RULES[name], group) for group in groups]
+    assert len(make_tables(ranges, structures, allocate, upload, DEVICE)) == 1
+    run_triton(name, groups, problem, ranges=ranges, counts=counts)
+    assert same_bits(problem.results(), expected.results())
+    for key, tensor in problem.results().items():
+        assert torch.equal(tensor[~touched], before.results()[key][~touched])
+
+
+SPECIALS = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1.17549435e-38, 3.4028235e38, -3.4028235e38, 1e20]
+
+
+@pytest.mark.usefixtures("ieee_sqrt")
+@pytest.mark.parametrize("where", ["grad", "weight", "state"])
+@EVERY_RULE
+def test_nan_inf_and_denormals_go_where_the_reference_takes_them(name: str, where: str) -> None:
+    group = make_group(name, OPTIONS_TO_RUN[name])
+    problem = problem_for(name, group, numel=64)
+    targets = {"grad": [problem.grad], "weight": [problem.weight], "state": list(problem.state.values())}[where]
+    for shift, target in enumerate(targets):
+        target[shift : shift + len(SPECIALS)] = torch.tensor(SPECIALS)
+    expected = problem.clone()
+    run_reference(name, group, expected)
+    run_triton(name, [group], problem)
+    for key, tensor in expected.results().items():
+        actual = problem.results()[key]
+        assert torch.equal(actual.isnan(), tensor.isnan()), key
+        assert torch.equal(actual.view(torch.int32)[~actual.isnan()], tensor.view(torch.int32)[~tensor.isnan()]), key
+
+
+@pytest.mark.usefixtures("ieee_sqrt")
+def test_tensor_hyper_parameters_are_read_in_every_update() -> None:
+    lr = torch.tensor(1e-3)
+    groups = [make_group("adamw", {}), make_group("adamw", {"weight_decay": 0.0})]
+    groups[0]["lr"] = lr.to(DEVICE)
+    table = HyperTable(allocate, upload, DEVICE)
+    for value in (1e-3, 0.5):
+        groups[0]["lr"].fill_(value)
+        read = table.refresh(RULES["adamw"], groups).cpu()
+        assert read[0].tolist()[:5] == [float(torch.tensor(value)), 0.9, 0.999, 1e-8, 0.01]
+        assert read[1].tolist()[:5] == [1e-3, 0.9, 0.999, 1e-8, 0.0]
+    groups[1]["lr"] = 0.25
+    assert table.refresh(RULES["adamw"], groups)[1, 0] == 0.25
+
+
+def test_powers_of_betas_are_those_of_double_precision() -> None:
+    """Bias corrections after rounding to float32, where 1 - beta ** t cancels least and most."""
+    for beta2 in (0.5, 0.95, 0.999, 0.9999999):
+        for count in (1, 2, 3, 10, 1000, 123_457, 2**24):
+            group = make_group("adam", {"lr": 1.0, "betas": (0.9, beta2), "eps": 1.0})
+            problem = problem_for("adam", group, count, numel=64)
+            hyper = HyperTable(allocate, upload, DEVICE).refresh(RULES["adam"], [group])
+            ranges = [Range(start=0, end=64, group=0, slot=0)]
+            (table,) = make_tables(ranges, [structure_of(RULES["adam"], group)], allocate, upload, DEVICE)
+            coefficients(table, hyper, float(count))
+            root = math.sqrt(1 - beta2**count)
+            expected = torch.tensor([-root / (1 - 0.9**count), root])
+            assert torch.equal(table.coefficients[0, 5:7].cpu(), expected), (beta2, count, problem.count)
+
+
+def coefficients(table: Any, hyper: Tensor, count: float) -> None:
+    from distadam.kernels.triton_update import RULES as KERNELS
+
+    steps = torch.tensor([count], device=DEVICE)
+    KERNELS["adam"].coefficients[(1,)](table.coefficients, table.rows, hyper, steps, DECOUPLED=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("numel", [64, 2048, 3 * 2048 + 64])
+def test_norm_and_non_finite_count(numel: int, dtype: torch.dtype) -> None:
+    from distadam.kernels.triton_norm import num_programs, sum_of_squares
+
+    values = (torch.randn(numel, generator=torch.Generator().manual_seed(0)) * 100).to(dtype).to(DEVICE)
+    partials = torch.full((2 * num_programs(numel),), math.nan, dtype=torch.float64, device=DEVICE)
+    total = torch.full((), math.nan, dtype=torch.float64, device=DEVICE)
+    nonfinite = torch.full((), math.nan, device=DEVICE)
+    sum_of_squares(values, partials, total, nonfinite)
+    exact = math.fsum(float(value) ** 2 for value in values.double())
+    assert abs(float(total) - exact) <= 1e-13 * exact
+    assert float(nonfinite) == 0
+    values[[0, numel // 2, numel - 1]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype, device=DEVICE)
+    sum_of_squares(values, partials, total, nonfinite)
+    assert math.isnan(float(total))
+    assert float(nonfinite) == 3
+
+
+def test_norm_of_large_float32_does_not_overflow() -> None:
+    from distadam.kernels.triton_norm import sum_of_squares
+
+    partials = torch.empty(2, dtype=torch.float64, device=DEVICE)
+    total = torch.empty((), dtype=torch.float64, device=DEVICE)
+    sum_of_squares(torch.full((64,), 3e38, device=DEVICE), partials, total, None)
+    assert float(total) == pytest.approx(64 * 9e76, rel=1e-6)

@@ -13,9 +13,11 @@ from distadam.comm import Streams
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.ledger import Ledger
 from distadam.engine.rounds import BucketGradient
+from distadam.engine.shard_update import ShardUpdate
 from distadam.engine.state import renew_history
-from distadam.kernels import GradScaling, Kernel, UpdateRanges, make_kernel, select
+from distadam.kernels import GradScaling, Kernel, UpdateRanges, make_kernel, select, select_bucket
 from distadam.layout import Piece
+from distadam.layout.buckets import GroupRange
 from distadam.layout.layout import format_table
 from distadam.rules import Rule
 
@@ -70,6 +72,7 @@ class Stepper:
         self._streams = streams
         self._kernels: dict[str, Kernel] = {}
         self._work: dict[tuple[int, int, bytes, int], list[_Work]] = {}
+        self._shards = ShardUpdate(rule, param_groups, ledger, streams)
         self._history_version = 0
         self._masks: dict[tuple[int, bytes], Tensor] = {}
         self._increments: dict[torch.device, Tensor] = {}
@@ -93,6 +96,9 @@ class Stepper:
         """
         flat = gradient.flat
         self._count_steps(flat, has, found_inf)
+        if self._shards.serves(flat):
+            self._update_shard(gradient, has, found_inf, loss_scale)
+            return
         grad = gradient.summed()
         scaling = GradScaling(
             num_ranks=gradient.scaling_divisor,
@@ -107,6 +113,26 @@ class Stepper:
             flat.weights.store(work.spans)
             if group.get("eps") == 0:
                 _zero_padding(flat, work.slots)
+
+    def _update_shard(
+        self, gradient: BucketGradient, has: bytes, found_inf: Tensor | None, loss_scale: Tensor | None
+    ) -> None:
+        """Update all groups of a bucket in one launch."""
+        flat = gradient.flat
+        self._shards.update(
+            gradient,
+            (flat.bucket.index, has, self._history_version),
+            lambda: [
+                (run[0].start, run[-1].padded_end, span.group, run[0].slot)
+                for span in flat.bucket.ranges
+                for run in _runs(flat, _pieces(flat, span), has)
+            ],
+            _on(found_inf, flat.device),
+            _on(loss_scale, flat.device),
+        )
+        zero_eps = [span for span in flat.bucket.ranges if self.param_groups[span.group].get("eps") == 0]
+        if zero_eps:
+            _zero_padding(flat, [slot for span in zero_eps for slot in range(span.first, span.last)])
 
     def _count_steps(self, flat: FlatBucket, has: bytes, found_inf: Tensor | None) -> None:
         if flat.steps._version != flat.steps_version:  # the user wrote to optimizer.state[p]["step"]
@@ -185,8 +211,7 @@ class Stepper:
         weight = flat.weights.load()
         result = []
         for group_range in flat.bucket.ranges:
-            pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
-            runs = list(_runs(flat, pieces, has))
+            runs = _runs(flat, _pieces(flat, group_range), has)
             if not runs:
                 continue
             spans = [(run[0].start, run[-1].padded_end) for run in runs]
@@ -224,9 +249,14 @@ class Stepper:
         rows = []
         for flat in flats:
             for group_range in flat.bucket.ranges:
-                choice = select(self.rule, self.param_groups[group_range.group], flat.compute_dtype, flat.device.type)
+                group = self.param_groups[group_range.group]
+                choice = select_bucket(self.rule, group, flat.compute_dtype, flat.device.type)
                 rows.append((flat.bucket.index, group_range.group, choice.name, flat.weights.name, choice.reason))
         return KernelReport(tuple(rows), tuple(transport(flat.device) for flat in flats))
+
+
+def _pieces(flat: FlatBucket, span: GroupRange) -> list[Piece]:
+    return [piece for piece in flat.pieces if span.first <= piece.slot < span.last]
 
 
 def _runs(flat: FlatBucket, pieces: Sequence[Piece], has: bytes) -> list[list[Piece]]:

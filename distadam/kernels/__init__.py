@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distadam.kernels.reference import ReferenceKernel
-from distadam.kernels.select import Choice, make_kernel, select
+from distadam.kernels.select import Choice, make_kernel, norm_in_one_pass, select, select_bucket
 from distadam.kernels.torch_fused import TorchFusedKernel
 from distadam.kernels.update import GradScaling, Kernel, UpdateRanges
 
@@ -15,5 +15,7 @@ __all__ = [
     "TorchFusedKernel",
     "UpdateRanges",
     "make_kernel",
+    "norm_in_one_pass",
     "select",
+    "select_bucket",
 ]

@@ -13,8 +13,9 @@ from torch import Tensor
 from distadam.errors import ConfigError
 from distadam.kernels.reference import ReferenceKernel
 from distadam.kernels.torch_fused import TorchFusedKernel
+from distadam.kernels.triton_select import TRITON, triton_obstacle
 from distadam.kernels.update import Kernel
-from distadam.rules import Adam, Allocate, Rule, Sgd
+from distadam.rules import RULES, Adam, Allocate, Rule, Sgd
 
 ENVIRONMENT_VARIABLE = "DISTADAM_KERNEL"
 
@@ -59,6 +60,49 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
     if obstacle is not None:
         return Choice(name=ReferenceKernel.name, reason=obstacle)
     return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}")
+
+
+def select_bucket(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> Choice:
+    """Choose the kernel for a group's part of a bucket: Triton's, which takes a whole shard, or `select`'s.
+
+    Args:
+        rule: The update rule.
+        group: torch's param_group dict.
+        compute_dtype: The dtype of the update.
+        device_type: "cpu", "cuda", "meta", ...
+
+    Returns:
+        Triton on CUDA wherever it can serve, else what `select` says, with the reason against Triton. Elsewhere Triton
+        only if DISTADAM_KERNEL says so: on meta, and on the CPU in Triton's interpreter.
+
+    Raises:
+        ConfigError: As `select`.
+
+    Syncs: never.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced != TRITON and (forced is not None or device_type != "cuda"):
+        return select(rule, group, compute_dtype, device_type)
+    obstacle = triton_obstacle(rule, compute_dtype, device_type)
+    if forced == TRITON:
+        if obstacle is not None:
+            raise ConfigError(
+                f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that Triton's kernels serve but {obstacle}; "
+                f"unset it or set it to {ReferenceKernel.name}"
+            )
+        return Choice(name=TRITON, reason=f"{ENVIRONMENT_VARIABLE}={forced}")
+    if obstacle is None:
+        return Choice(name=TRITON, reason="one pass over memory, one launch for a bucket")
+    choice = select(rule, group, compute_dtype, device_type)
+    return Choice(name=choice.name, reason=f"{choice.reason}; not triton: {obstacle}")
+
+
+def norm_in_one_pass(dtype: torch.dtype, device_type: str) -> bool:
+    """Return whether Triton takes sums of squares of gradients: where `select_bucket` would let it update them."""
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced != TRITON and (forced is not None or device_type != "cuda"):
+        return False
+    return dtype != torch.float64 and triton_obstacle(RULES["sgd"], torch.float32, device_type) is None
 
 
 def make_kernel(name: str, allocate: Allocate) -> Kernel:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +51,11 @@ def define(schema: str, check: Callable[..., None], launches: Callable[..., list
     name = schema[: schema.index("(")]
 
     def run(*args: Any, **kwargs: Any) -> None:
-        for launch in launches(*args, **kwargs):
-            launch.run()
+        device = args[0].device
+        # Triton launches on the current device.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for launch in launches(*args, **kwargs):
+                launch.run()
 
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]

@@ -42,15 +42,19 @@ class Table:
 
     Attributes:
         structure: What the launch has at compile time.
+        group: Index of one of its parameter groups.
         chunks: Shape (num_chunks, 3), int32.
         rows: Shape (num_rows, 2), int32: group and slot.
         coefficients: Shape (num_rows, 8), float32; written before each use.
+        memory: What was allocated for them.
     """
 
     structure: Structure
+    group: int
     chunks: Tensor
     rows: Tensor
     coefficients: Tensor
+    memory: tuple[Tensor, ...]
 
 
 def structure_of(rule: Rule, group: Mapping[str, Any]) -> Structure:
@@ -90,13 +94,24 @@ def make_tables(
     tables = []
     for structure in dict.fromkeys(structures[span.group] for span in ranges):
         mine = [span for span in ranges if structures[span.group] == structure]
-        on_host = chunk_table(mine)
-        chunks = allocate(on_host.numel(), torch.int32, device).view(-1, NUM_COLUMNS)
-        upload(on_host, chunks)
-        rows = allocate(2 * len(mine), torch.int32, device).view(-1, 2)
-        upload(torch.tensor([(span.group, span.slot) for span in mine], dtype=torch.int32), rows)
-        coefficients = allocate(len(mine) * NUM_COEFFICIENTS, torch.float32, device).view(-1, NUM_COEFFICIENTS)
-        tables.append(Table(structure=structure, chunks=chunks, rows=rows, coefficients=coefficients))
+        chunks = chunk_table(mine)
+        rows = torch.tensor([(span.group, span.slot) for span in mine], dtype=torch.int32)
+        memory = (
+            allocate(chunks.numel(), torch.int32, device),
+            allocate(rows.numel(), torch.int32, device),
+            allocate(len(mine) * NUM_COEFFICIENTS, torch.float32, device),
+        )
+        table = Table(
+            structure=structure,
+            group=mine[0].group,
+            chunks=memory[0].view_as(chunks),
+            rows=memory[1].view_as(rows),
+            coefficients=memory[2].view(-1, NUM_COEFFICIENTS),
+            memory=memory,
+        )
+        upload(chunks, table.chunks)
+        upload(rows, table.rows)
+        tables.append(table)
     return tables
 
 
