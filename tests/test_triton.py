@@ -176,7 +176,7 @@ def test_master_weights_round_to_nearest_even(numel: int, grad_dtype: torch.dtyp
     expected = problem.clone()
     run_reference("adamw", group, expected)
     param = torch.zeros(numel, dtype=param_dtype)
-    run_triton("adamw", [group], problem, param=param, extra=problem.weight, grad=grad, weights="master")
+    run_triton("adamw", [group], problem, param=param, extra=problem.weight, grad=grad, weights="fp32")
     assert same_bits(problem.results(), expected.results())
     assert torch.equal(param.view(torch.int16), expected.weight.to(param_dtype).view(torch.int16))
 

@@ -107,7 +107,7 @@ class ShardUpdate:
         own = isinstance(flat.weights, OwnWeights)
         return ShardTensors(
             param=flat.param_shard,
-            weights="own" if own else "master",
+            weights="own" if own else "fp32",
             extra=None if own else flat.weights.load(),
             states={name: flat.state(name) for name in names},
             steps=flat.steps,

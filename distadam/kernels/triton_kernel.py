@@ -14,6 +14,7 @@ from distadam.kernels.triton_select import TRITON
 from distadam.kernels.triton_tables import HyperTable, Range, Structure, Table, Upload, make_tables, structure_of
 from distadam.kernels.triton_update import update
 from distadam.kernels.update import GradScaling
+from distadam.precision import BlockwiseMoment, Moment, StochasticWeights, Weights
 from distadam.rules import Allocate, Rule
 
 MAX_MULTIPLIERS = 2
@@ -31,7 +32,7 @@ class ShardTensors:
         states: By name.
         scales: By name, where the storage is blockwise.
         keys: Random bits' keys for the weights (under "") and for states, where rounding is stochastic.
-        lanes: The same's lanes.
+        lanes: The blocks' places in their segments.
         steps: Step counts, float32.
     """
 
@@ -44,6 +45,47 @@ class ShardTensors:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     lanes: Tensor | None = None
+
+
+def shard_tensors(weights: Weights, moments: Mapping[str, Moment], steps: Tensor, allocate: Allocate) -> ShardTensors:
+    """Return a shard's storages as tensors.
+
+    Args:
+        weights: The weights' storage.
+        moments: The states' storages by name, all of one kind.
+        steps: Step counts, float32.
+        allocate: Makes the tables of random bits, if there are any.
+    """
+    extra = next((stored.tensor for stored in weights.stored().values()), None)
+    stored = {name: moment.stored() for name, moment in moments.items()}
+    states = {name: parts[""].tensor for name, parts in stored.items()}
+    scales = {name: parts["_scale"].tensor for name, parts in stored.items() if "_scale" in parts}
+    counters = {
+        name: storage.counters
+        for name, storage in {"": weights, **moments}.items()
+        if isinstance(storage, StochasticWeights | BlockwiseMoment) and storage.counters is not None
+    }
+    keys: dict[str, Tensor] = {}
+    lanes: Tensor | None = None
+    for name, counter in counters.items():
+        wide_keys, wide_lanes = counter.tables()
+        keys[name] = allocate(wide_keys.numel(), torch.int32, wide_keys.device).copy_(wide_keys)
+        if lanes is None:
+            lanes = allocate(wide_lanes.numel(), torch.int32, wide_lanes.device).copy_(wide_lanes)
+    return ShardTensors(
+        param=weights.param_shard,
+        weights=weights.name,
+        steps=steps,
+        extra=extra,
+        moments="8bit" if scales else _MOMENTS[next(iter(states.values())).dtype] if states else "fp32",
+        states=states,
+        scales=scales,
+        keys=keys,
+        lanes=lanes,
+    )
+
+
+_MOMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class TritonKernel:

@@ -12,7 +12,7 @@ from distadam.errors import UsageError
 from distadam.kernels import triton_kernels as kernels
 from distadam.kernels import triton_math as math
 from distadam.kernels.triton_launch import GRADIENT_DTYPES, Launch, define, describe
-from distadam.kernels.triton_storage import MOMENTS, WEIGHTS, WIDTH
+from distadam.kernels.triton_storage import WIDTH
 
 UNIT: int = kernels.UNIT.value
 BLOCK: int = kernels.BLOCK
@@ -21,11 +21,14 @@ NUM_HYPER: int = math.NUM_HYPER.value
 NUM_COEFFICIENTS: int = math.NUM_COEFFICIENTS.value
 WEIGHT_DTYPES = {
     "own": (torch.float32,),
-    "master": (torch.bfloat16, torch.float16),
+    "fp32": (torch.bfloat16, torch.float16),
     "split": (torch.bfloat16,),
     "stochastic": (torch.bfloat16,),
+    "none": (torch.bfloat16, torch.float16),
 }
-EXTRA_DTYPES = {"master": torch.float32, "split": torch.int16}
+"""The parameter's dtype by weight storage; names as in `precision.StorageChoice`."""
+
+EXTRA_DTYPES = {"fp32": torch.float32, "split": torch.int16}
 MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 
 
@@ -154,8 +157,11 @@ def _check(
 ) -> None:
     """Check what the kernels take for granted; on the meta device this is all that runs."""
     numel, blocks = grad.numel(), -(-grad.numel() // WIDTH.value)
-    if weights not in WEIGHTS or moments not in MOMENTS:
-        raise UsageError(f"triton: expected weights of {WEIGHTS} and moments of {MOMENTS} but got {weights}, {moments}")
+    if weights not in WEIGHT_DTYPES or moments not in MOMENT_DTYPES:
+        raise UsageError(
+            f"triton: expected weights of {tuple(WEIGHT_DTYPES)} and moments of {tuple(MOMENT_DTYPES)} but got "
+            f"{weights!r} and {moments!r}"
+        )
     _expect("grad", grad, numel, GRADIENT_DTYPES)
     _expect("param", param, numel, WEIGHT_DTYPES[weights])
     if (extra is None) != (weights not in EXTRA_DTYPES):
@@ -171,7 +177,7 @@ def _check(
         _expect(f"{name}'s scales", scale, blocks, (torch.float32,))
     for key in keys:
         if key is not None:
-            _expect("keys", key, blocks, (torch.int64,))
+            _expect("keys", key, blocks, (torch.int32,))
     _expect("chunks", chunks.view(-1), chunks.shape[0] * NUM_COLUMNS, (torch.int32,))
     _expect("rows", rows.view(-1), rows.shape[0] * 2, (torch.int32,))
     _expect("hyper", hyper.view(-1), hyper.shape[0] * NUM_HYPER, (torch.float64,))
