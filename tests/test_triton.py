@@ -104,10 +104,10 @@ def run_triton(
     on_device = {key: tensor.to(DEVICE) for key, tensor in device.items()}
     extra_on_device = None if extra is None else extra.to(DEVICE)
     states = {key: tensor.to(DEVICE) for key, tensor in problem.state.items()}
-    hyper = HyperTable(allocate, upload, DEVICE).refresh(rule, groups)
+    hyper = HyperTable(len(groups), upload, DEVICE).refresh(rule, groups)
     structures = [structure_of(rule, group) for group in groups]
     scalars = {key: torch.tensor(value, device=DEVICE) for key, value in factors.items()}
-    for table in make_tables(ranges, structures, allocate, upload, DEVICE):
+    for table in make_tables(ranges, structures, upload, DEVICE):
         kernel, flags = table.structure
         names = rule.state_names(groups[int(table.rows[0, 0])])
         update(
@@ -250,7 +250,7 @@ def test_one_launch_serves_groups_step_counts_and_gaps(name: str) -> None:
         )
         run_reference(name, groups[span.group], part)
     structures = [structure_of(RULES[name], group) for group in groups]
-    assert len(make_tables(ranges, structures, allocate, upload, DEVICE)) == 1
+    assert len(make_tables(ranges, structures, upload, DEVICE)) == 1
     run_triton(name, groups, problem, ranges=ranges, counts=counts)
     assert same_bits(problem.results(), expected.results())
     for key, tensor in problem.results().items():
@@ -283,7 +283,7 @@ def test_tensor_hyper_parameters_are_read_in_every_update() -> None:
     lr = torch.tensor(1e-3)
     groups = [make_group("adamw", {}), make_group("adamw", {"weight_decay": 0.0})]
     groups[0]["lr"] = lr.to(DEVICE)
-    table = HyperTable(allocate, upload, DEVICE)
+    table = HyperTable(2, upload, DEVICE)
     for value in (1e-3, 0.5):
         groups[0]["lr"].fill_(value)
         read = table.refresh(RULES["adamw"], groups).cpu()
@@ -299,9 +299,9 @@ def test_powers_of_betas_are_those_of_double_precision() -> None:
         for count in (1, 2, 3, 10, 1000, 123_457, 2**24):
             group = make_group("adam", {"lr": 1.0, "betas": (0.9, beta2), "eps": 1.0})
             problem = problem_for("adam", group, count, numel=64)
-            hyper = HyperTable(allocate, upload, DEVICE).refresh(RULES["adam"], [group])
+            hyper = HyperTable(1, upload, DEVICE).refresh(RULES["adam"], [group])
             ranges = [Range(start=0, end=64, group=0, slot=0)]
-            (table,) = make_tables(ranges, [structure_of(RULES["adam"], group)], allocate, upload, DEVICE)
+            (table,) = make_tables(ranges, [structure_of(RULES["adam"], group)], upload, DEVICE)
             coefficients(table, hyper, float(count))
             root = math.sqrt(1 - beta2**count)
             expected = torch.tensor([-root / (1 - 0.9**count), root])

@@ -1,7 +1,7 @@
 """Triton's storages against those of `distadam.precision`: the same bits in memory, tolerance none.
 
-One update from the same memory: the reference loads, applies the rule (with the IEEE root that Triton has) and stores
-by the classes of `precision`; Triton does it in one kernel. Compared are codes, scales, remainders and parameters.
+One update from the same memory by the reference kernel (with the IEEE root that Triton has), which loads and stores by
+the classes of `precision`, and by Triton in one launch. Compared are codes, scales, remainders and parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distadam.kernels import GradScaling, GroupRanges, Kernel, ReferenceKernel, ShardUpdate
 from distadam.precision import (
     BlockwiseMoment,
     MasterWeights,
@@ -27,15 +28,13 @@ from distadam.precision import (
     start_of,
 )
 from distadam.precision.rounding import split_
-from distadam.rules import RULES, Rule, Scratch
+from distadam.rules import RULES, Rule
 from tests.reference_optimizers import Options, make_group, make_problem
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'distadam[triton]')")
 
-from distadam.kernels.triton_kernel import ShardTensors, TritonKernel, shard_tensors  # noqa: E402
-from distadam.kernels.triton_tables import Range  # noqa: E402
-from distadam.kernels.update import GradScaling  # noqa: E402
-from tests.test_triton import DEVICE, OPTIONS_TO_RUN, allocate, ieee_sqrt, quiet_numpy, upload  # noqa: E402, F401
+from distadam.kernels.triton_kernel import TritonKernel
+from tests.test_triton import DEVICE, OPTIONS_TO_RUN, allocate, ieee_sqrt, quiet_numpy, upload  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("ieee_sqrt")
 NUMEL = 256 * 9
@@ -77,39 +76,32 @@ class Shard:
         for name, storage in {"weights": self.weights, **self.moments}.items():
             tensors |= {f"{name}{suffix}": stored.tensor for suffix, stored in storage.stored().items()}
         integer = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-        return {name: tensor.cpu().view(integer[tensor.element_size()]) for name, tensor in tensors.items()}
+        return {name: tensor.cpu().clone().view(integer[tensor.element_size()]) for name, tensor in tensors.items()}
 
-    def reference(self, rule: Rule, group: Options) -> None:
-        """Load, update, store."""
-        scratch = Scratch(allocate)
+    def run(self, kernel: Kernel, rule: Rule, group: Options, **scaling: Any) -> None:
+        """One update of all three parameters."""
+        ranges = GroupRanges(
+            group=group,
+            spans=[(run.start, run.end) for run in RUNS],
+            steps=list(self.steps),
+            slots=[0, 1, 2],
+            first=[None] * 3,
+        )
+        update = ShardUpdate(
+            weights=self.weights,
+            states=self.moments,
+            grad=self.grad,
+            compute_dtype=torch.float32,
+            steps=self.steps,
+            ranges=[ranges],
+        )
+        kernel.update(rule, update, GradScaling(**scaling))
 
-        def temporary(index: int, numel: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(numel, dtype=dtype)
-
-        for run, step in zip(RUNS, self.steps, strict=True):
-            where = (run.start, run.end)
-            values = {name: torch.empty(run.end - run.start) for name in ("weights", *self.moments)}
-            storages = {"weights": self.weights, **self.moments}
-            for name, storage in storages.items():
-                storage.load(*where, values[name], temporary)
-            grad = self.grad[run.start : run.end].float()
-            states = {name: values[name] for name in self.moments}
-            rule.update(values["weights"], grad, states, step, group, scratch, None)
-            if isinstance(self.weights, MasterWeights):
-                self.weights.master[run.start : run.end].copy_(values["weights"])
-            for name, storage in storages.items():
-                storage.store(*where, values[name], step, temporary)
+    def reference(self, rule: Rule, group: Options, **scaling: Any) -> None:
+        self.run(ReferenceKernel(allocate), rule, group, **scaling)
 
     def triton(self, rule: Rule, group: Options, **scaling: Any) -> None:
-        """One launch."""
-        kernel = TritonKernel(rule, allocate, upload)
-        spans = [Range(start=run.start, end=run.end, group=0, slot=slot) for slot, run in enumerate(RUNS)]
-        tables = kernel.tables(spans, kernel.structures([group]), DEVICE)
-        kernel.update(self.tensors(), self.grad, tables, [group], GradScaling(**scaling))
-
-    def tensors(self) -> ShardTensors:
-        """As the kernel takes it."""
-        return shard_tensors(self.weights, self.moments, self.steps, allocate)
+        self.run(TritonKernel(upload), rule, group, **scaling)
 
 
 def ledger(kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -138,7 +130,7 @@ def check(name: str, weights: str, moments: str) -> None:
     rule, group = RULES[name], make_group(name, OPTIONS_TO_RUN[name])
     if name == "rmsprop" and moments != "fp32":
         group["centered"] = False
-    expected, actual = (Shard(rule, group, weights, moments, torch.device("cpu")) for _ in range(2))
+    expected = Shard(rule, group, weights, moments, torch.device("cpu"))
     actual = Shard(rule, group, weights, moments, DEVICE)
     before = actual.memory()
     expected.reference(rule, group)

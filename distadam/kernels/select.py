@@ -1,4 +1,8 @@
-"""Which kernel serves which update, and why."""
+"""Which kernel serves which update, why, and why not the faster one.
+
+Fastest first: Triton (on CUDA: one launch a bucket, every storage), torch's fused operations (storages that they do not
+know are loaded and stored in chunks), the reference kernel.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ from distadam.errors import ConfigError
 from distadam.kernels.reference import ReferenceKernel
 from distadam.kernels.torch_fused import TorchFusedKernel
 from distadam.kernels.triton_select import TRITON, triton_obstacle
-from distadam.kernels.update import Kernel
-from distadam.rules import RULES, Adam, Allocate, Rule, Sgd
+from distadam.kernels.update import Kernel, Upload
+from distadam.rules import Adam, Allocate, Rule, Sgd
 
 ENVIRONMENT_VARIABLE = "DISTADAM_KERNEL"
 
-_NAMES = (ReferenceKernel.name, TorchFusedKernel.name)
+_NAMES = (ReferenceKernel.name, TorchFusedKernel.name, TRITON)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +33,15 @@ class Choice:
     Attributes:
         name: What `make_kernel` takes.
         reason: Why this one; one clause, for people.
+        obstacle: Why not the faster one; None where there is none, or where `reason` says it.
     """
 
     name: str
     reason: str
+    obstacle: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.obstacle is None else f"{self.reason}; not triton: {self.obstacle}"
 
 
 def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> Choice:
@@ -45,8 +54,9 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
         device_type: "cpu", "cuda", "meta", ...
 
     Returns:
-        torch's fused operation where there is one that never syncs, the reference kernel otherwise; or what the
-        environment variable DISTADAM_KERNEL says.
+        Triton's kernel on CUDA; where it cannot serve, and elsewhere, torch's fused operation if there is one that
+        never syncs, else the reference kernel; or what the environment variable DISTADAM_KERNEL says. It may say triton
+        on meta too, and on the CPU in Triton's interpreter.
 
     Raises:
         ConfigError: DISTADAM_KERNEL names no kernel, or one that cannot serve this update.
@@ -56,61 +66,30 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
     obstacle = _fused_obstacle(rule, group, compute_dtype, device_type)
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced is not None:
-        return _forced(forced, rule, obstacle)
-    if obstacle is not None:
-        return Choice(name=ReferenceKernel.name, reason=obstacle)
-    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}")
-
-
-def select_bucket(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> Choice:
-    """Choose the kernel for a group's part of a bucket: Triton's, which takes a whole shard, or `select`'s.
-
-    Args:
-        rule: The update rule.
-        group: torch's param_group dict.
-        compute_dtype: The dtype of the update.
-        device_type: "cpu", "cuda", "meta", ...
-
-    Returns:
-        Triton on CUDA wherever it can serve, else what `select` says, with the reason against Triton. Elsewhere Triton
-        only if DISTADAM_KERNEL says so: on meta, and on the CPU in Triton's interpreter.
-
-    Raises:
-        ConfigError: As `select`.
-
-    Syncs: never.
-    """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced != TRITON and (forced is not None or device_type != "cuda"):
-        return select(rule, group, compute_dtype, device_type)
-    obstacle = triton_obstacle(rule, compute_dtype, device_type)
-    if forced == TRITON:
-        if obstacle is not None:
-            raise ConfigError(
-                f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that Triton's kernels serve but {obstacle}; "
-                f"unset it or set it to {ReferenceKernel.name}"
-            )
-        return Choice(name=TRITON, reason=f"{ENVIRONMENT_VARIABLE}={forced}")
-    if obstacle is None:
+        return _forced(forced, rule, obstacle, triton_obstacle(rule, group, compute_dtype, device_type))
+    not_triton = triton_obstacle(rule, group, compute_dtype, device_type) if device_type == "cuda" else None
+    if device_type == "cuda" and not_triton is None:
         return Choice(name=TRITON, reason="one pass over memory, one launch for a bucket")
-    choice = select(rule, group, compute_dtype, device_type)
-    return Choice(name=choice.name, reason=f"{choice.reason}; not triton: {obstacle}")
+    if obstacle is not None:
+        return Choice(name=ReferenceKernel.name, reason=obstacle, obstacle=not_triton)
+    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}", obstacle=not_triton)
 
 
 def norm_in_one_pass(dtype: torch.dtype, device_type: str) -> bool:
-    """Return whether Triton takes sums of squares of gradients: where `select_bucket` would let it update them."""
+    """Return whether Triton takes sums of squares of gradients of this dtype: where it may take updates."""
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced != TRITON and (forced is not None or device_type != "cuda"):
         return False
-    return dtype != torch.float64 and triton_obstacle(RULES["sgd"], torch.float32, device_type) is None
+    return triton_obstacle(None, {}, torch.float64 if dtype == torch.float64 else torch.float32, device_type) is None
 
 
-def make_kernel(name: str, allocate: Allocate) -> Kernel:
+def make_kernel(name: str, allocate: Allocate, upload: Upload) -> Kernel:
     """Build the kernel of a `Choice`.
 
     Args:
-        name: "reference" or "torch_fused".
+        name: "reference", "torch_fused" or "triton".
         allocate: Makes the kernel's scratch buffers.
+        upload: Copies a CPU tensor to a device tensor without waiting for the device.
 
     Raises:
         ConfigError: There is no kernel of that name.
@@ -119,17 +98,26 @@ def make_kernel(name: str, allocate: Allocate) -> Kernel:
         return ReferenceKernel(allocate)
     if name == TorchFusedKernel.name:
         return TorchFusedKernel(allocate)
+    if name == TRITON:
+        from distadam.kernels.triton_kernel import TritonKernel
+
+        return TritonKernel(upload)
     raise ConfigError(f"kernel: expected one of {', '.join(_NAMES)} but got {name!r}")
 
 
-def _forced(forced: str, rule: Rule, obstacle: str | None) -> Choice:
+def _forced(forced: str, rule: Rule, not_fused: str | None, not_triton: str | None) -> Choice:
     if forced not in _NAMES:
         raise ConfigError(
             f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(_NAMES)} but got {forced!r}; unset it or correct it"
         )
-    if forced == TorchFusedKernel.name and obstacle is not None:
+    if forced == TorchFusedKernel.name and not_fused is not None:
         raise ConfigError(
-            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that torch fuses but for {rule.name} {obstacle}; "
+            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that torch fuses but for {rule.name} {not_fused}; "
+            f"unset it or set it to {ReferenceKernel.name}"
+        )
+    if forced == TRITON and not_triton is not None:
+        raise ConfigError(
+            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that Triton's kernels serve but {not_triton}; "
             f"unset it or set it to {ReferenceKernel.name}"
         )
     return Choice(name=forced, reason=f"{ENVIRONMENT_VARIABLE}={forced}")

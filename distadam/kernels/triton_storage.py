@@ -142,10 +142,9 @@ def _base(scale, LEVELS: tl.constexpr):
 
 @triton.jit
 def _scale(largest):
-    """Return the scale of blocks by the bits of their largest magnitudes."""
-    scale = tl.maximum((largest + 0x007FFFFF) & 0x7F800000, 0x10000000)
-    scale = tl.where(largest == 0, 0, scale)
-    return from_bits(tl.where(largest > 0x7F000000, 0x7FC00000, scale))
+    """Return the scale of blocks by their largest rounded magnitudes."""
+    units = tl.where(largest == 0, 0, tl.maximum((largest + 7) & ~7, 256))
+    return from_bits(tl.where(largest > 2032, 0x7FC00000, units << 20))
 
 
 @triton.jit
@@ -176,15 +175,13 @@ def store_moment(moment, scale, keys, lanes, chunk, row, value, SIGNED: tl.const
     """Write a moment in its storage's dtype."""
     if MOMENTS == "8bit":
         bits = bits_of(value)
+        magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x7FC00000)
+        rounded = (magnitude + 16 * random_bits(keys, lanes, chunk, row[COUNT])) >> 20
+        scales = _scale(tl.max(rounded, axis=1, keep_dims=True))
         if SIGNED:
-            upper = (bits >> 16) & 0x7FFF
-            scales = _scale(tl.max(upper, axis=1, keep_dims=True) << 16)
-            code = tl.maximum(upper + 8 - 16 * _base(scales, 127), 0) >> 4
-            code |= (bits >> 24) & 0x80
+            code = tl.maximum(rounded - _base(scales, 127), 0) | ((bits >> 24) & 0x80)
         else:
-            scales = _scale(tl.max(bits & 0x7FFFFFFF, axis=1, keep_dims=True))
-            bits += 16 * random_bits(keys, lanes, chunk, row[COUNT])
-            code = tl.maximum((bits >> 20) - _base(scales, 255), 0)
+            code = tl.maximum(rounded - _base(scales, 255), 0)
         tl.store(scale + chunk[2], scales, mask=chunk[3])
         tl.store(moment + chunk[0], code.to(tl.uint8), mask=chunk[1])
     else:

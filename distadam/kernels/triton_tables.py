@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from distadam.kernels.triton_update import BLOCK, NUM_COEFFICIENTS, NUM_COLUMNS, NUM_HYPER, RULES, UNIT
-from distadam.rules import Adam, Allocate, Rule
-
-Upload: TypeAlias = Callable[[Tensor, Tensor], object]
-"""Copies a CPU tensor to a device tensor of its shape and dtype without waiting for the device."""
+from distadam.kernels.update import Upload
+from distadam.rules import Adam, Rule
 
 Structure: TypeAlias = tuple[str, tuple[bool, bool, bool]]
 """A key in `RULES` and its flags: what a launch has at compile time."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
+class Range(NamedTuple):
     """Elements of a shard that are updated with one group and one step count.
 
     Attributes:
         start: First element, a multiple of 64 (256 where a storage is blockwise).
         end: First element after, likewise.
-        group: Index of the parameter group.
+        group: Line of the table of hyper-parameters.
         slot: Index of the step count.
     """
 
@@ -42,11 +39,10 @@ class Table:
 
     Attributes:
         structure: What the launch has at compile time.
-        group: Index of one of its parameter groups.
+        group: One of its groups.
         chunks: Shape (num_chunks, 3), int32.
         rows: Shape (num_rows, 2), int32: group and slot.
         coefficients: Shape (num_rows, 8), float32; written before each use.
-        memory: What was allocated for them.
     """
 
     structure: Structure
@@ -54,7 +50,6 @@ class Table:
     chunks: Tensor
     rows: Tensor
     coefficients: Tensor
-    memory: tuple[Tensor, ...]
 
 
 def structure_of(rule: Rule, group: Mapping[str, Any]) -> Structure:
@@ -78,15 +73,14 @@ def chunk_table(ranges: Sequence[Range]) -> Tensor:
 
 
 def make_tables(
-    ranges: Sequence[Range], structures: Sequence[Structure], allocate: Allocate, upload: Upload, device: torch.device
+    ranges: Sequence[Range], structures: Sequence[Structure], upload: Upload, device: torch.device
 ) -> list[Table]:
     """Return one table for each structure among the ranges.
 
     Args:
         ranges: What to update.
-        structures: The structure of each parameter group.
-        allocate: Makes memory on the device.
-        upload: Fills it.
+        structures: The structure of each group.
+        upload: Fills device memory.
         device: Of the update.
 
     Syncs: never.
@@ -96,18 +90,12 @@ def make_tables(
         mine = [span for span in ranges if structures[span.group] == structure]
         chunks = chunk_table(mine)
         rows = torch.tensor([(span.group, span.slot) for span in mine], dtype=torch.int32)
-        memory = (
-            allocate(chunks.numel(), torch.int32, device),
-            allocate(rows.numel(), torch.int32, device),
-            allocate(len(mine) * NUM_COEFFICIENTS, torch.float32, device),
-        )
         table = Table(
             structure=structure,
             group=mine[0].group,
-            chunks=memory[0].view_as(chunks),
-            rows=memory[1].view_as(rows),
-            coefficients=memory[2].view(-1, NUM_COEFFICIENTS),
-            memory=memory,
+            chunks=torch.empty_like(chunks, device=device),
+            rows=torch.empty_like(rows, device=device),
+            coefficients=torch.empty((len(mine), NUM_COEFFICIENTS), dtype=torch.float32, device=device),
         )
         upload(chunks, table.chunks)
         upload(rows, table.rows)
@@ -116,47 +104,38 @@ def make_tables(
 
 
 class HyperTable:
-    """Every group's hyper-parameters in float64, on one device.
+    """Groups' hyper-parameters in float64, on one device.
 
     Numbers are uploaded when they have changed. Device tensors (a tensor `lr` under a CUDA graph) are copied on the
     device, all in one call, in every update: a replay then sees what a schedule wrote to them.
 
     Args:
-        allocate: Makes the table when it is first used or has to grow.
-        upload: Fills it.
+        num_groups: How many.
+        upload: Fills device memory.
         device: Of the update.
     """
 
-    def __init__(self, allocate: Allocate, upload: Upload, device: torch.device) -> None:
-        self._allocate = allocate
+    def __init__(self, num_groups: int, upload: Upload, device: torch.device) -> None:
+        self.table = torch.empty((num_groups, NUM_HYPER), dtype=torch.float64, device=device)
         self._upload = upload
-        self._device = device
         self._values: list[tuple[float, ...]] = []
-        self._table: Tensor | None = None
 
     def refresh(self, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Return the table, shape (at least num_groups, 8), with the groups' present values. Syncs: never."""
+        """Return the table, shape (num_groups, 8), with the groups' present values. Syncs: never."""
         values: list[tuple[float, ...]] = []
         on_device: list[tuple[int, int, Tensor]] = []
         for line, group in enumerate(groups):
-            given = RULES[structure_of(rule, group)[0]].hyper(group)
             numbers = [0.0] * NUM_HYPER
-            for column, value in enumerate(given):
+            for column, value in enumerate(RULES[structure_of(rule, group)[0]].hyper(group)):
                 if isinstance(value, Tensor) and value.device.type != "cpu":
                     on_device.append((line, column, value))
                 else:
                     numbers[column] = float(value)
             values.append(tuple(numbers))
-        table = self._table
-        if table is None or table.shape[0] < len(values):
-            table = self._table = self._allocate(len(values) * NUM_HYPER, torch.float64, self._device).view(
-                -1, NUM_HYPER
-            )
-            self._values = []
         if values != self._values:
-            self._upload(torch.tensor(values, dtype=torch.float64), table[: len(values)])
+            self._upload(torch.tensor(values, dtype=torch.float64), self.table)
             self._values = values
         if on_device:
-            targets = [table[line, column] for line, column, _ in on_device]
+            targets = [self.table[line, column] for line, column, _ in on_device]
             torch._foreach_copy_(targets, [value.reshape(()) for _, _, value in on_device], non_blocking=True)
-        return table
+        return self.table
