@@ -408,20 +408,30 @@ def test_torch_fused_refuses_what_torch_does_not_fuse() -> None:
         TorchFusedKernel().update(rule, meta_ranges(rule, group), GradScaling())
 
 
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether Triton would be chosen is tested in test_triton_engine.py."""
+    monkeypatch.setattr("distadam.kernels.select.triton_obstacle", lambda *_: "it is not asked here")
+
+
+@pytest.mark.usefixtures("without_triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
 @pytest.mark.parametrize("name", RULES)
 def test_select_prefers_torch_fused(name: str, device_type: str, dtype: torch.dtype) -> None:
     choice = select(RULES[name], make_group(name, {}), dtype, device_type)
+    obstacle = "it is not asked here" if device_type == "cuda" else None
     if name == "rmsprop":
-        assert choice == Choice(name="reference", reason="torch has no fused RMSprop")
+        assert choice == Choice(name="reference", reason="torch has no fused RMSprop", obstacle=obstacle)
     else:
-        assert choice == Choice(name="torch_fused", reason=f"torch fuses {name} on {device_type}")
+        reason = f"torch fuses {name} on {device_type}"
+        assert choice == Choice(name="torch_fused", reason=reason, obstacle=obstacle)
 
 
 META = torch.empty((), device="meta")
 
 
+@pytest.mark.usefixtures("without_triton")
 @pytest.mark.parametrize(
     ("name", "change", "dtype", "device_type", "reason"),
     [
@@ -444,6 +454,7 @@ def test_select_falls_back_to_reference(
         select(RULES[name], group, dtype, device_type)
 
 
+@pytest.mark.usefixtures("without_triton")
 def test_select_keeps_dampening_fused_where_it_is_safe() -> None:
     group = make_group("sgd", {"momentum": 0.9, "dampening": 0.1})
     assert select(RULES["sgd"], group, torch.float32, "cpu").name == "torch_fused"
@@ -461,12 +472,12 @@ def test_select_obeys_the_environment(forced: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("forced", ["fast", ""])
 def test_select_refuses_an_unknown_kernel(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTADAM_KERNEL", forced)
-    with pytest.raises(ConfigError, match=f"expected one of reference, torch_fused but got '{forced}'"):
+    with pytest.raises(ConfigError, match=f"expected one of reference, torch_fused, triton but got '{forced}'"):
         select(RULES["adam"], make_group("adam", {}), torch.float32, "cpu")
 
 
 def test_make_kernel_makes_what_was_chosen() -> None:
     kernels: list[Kernel] = [make_kernel(name, allocate) for name in ("reference", "torch_fused")]
     assert [kernel.name for kernel in kernels] == ["reference", "torch_fused"]
-    with pytest.raises(ConfigError, match="expected one of reference, torch_fused but got 'fast'"):
+    with pytest.raises(ConfigError, match="expected one of reference, torch_fused, triton but got 'fast'"):
         make_kernel("fast", allocate)

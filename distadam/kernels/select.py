@@ -83,7 +83,11 @@ def norm_in_one_pass(dtype: torch.dtype, device_type: str) -> bool:
     return triton_obstacle(None, {}, torch.float64 if dtype == torch.float64 else torch.float32, device_type) is None
 
 
-def make_kernel(name: str, allocate: Allocate, upload: Upload) -> Kernel:
+def _copy(host: Tensor, out: Tensor) -> None:
+    out.copy_(host)
+
+
+def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel:
     """Build the kernel of a `Choice`.
 
     Args:

@@ -49,7 +49,7 @@ def total_norm(partials, total, nonfinite, num_programs, PROGRAMS: tl.constexpr)
         tl.store(nonfinite, tl.sum(counts).to(tl.float32))
 
 
-def _launches(values: Tensor, partials: Tensor, total: Tensor, nonfinite: Tensor | None) -> list[Launch]:
+def launches(values: Tensor, partials: Tensor, total: Tensor, nonfinite: Tensor | None) -> list[Launch]:
     """Return the two launches."""
     programs = num_programs(values.numel())
     first = {"values": values, "partials": partials, "numel": values.numel(), "BLOCK": BLOCK}
@@ -83,6 +83,6 @@ def _check(values: Tensor, partials: Tensor, total: Tensor, nonfinite: Tensor | 
 sum_of_squares = define(
     "sum_of_squares(Tensor values, Tensor(a!) partials, Tensor(b!) total, Tensor(c!)? nonfinite) -> ()",
     _check,
-    _launches,
+    launches,
 )
 """Write the float64 sum of squares of a 1-D gradient to total, and its number of NaN and Inf to nonfinite."""
