@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -411,7 +412,7 @@ def test_torch_fused_refuses_what_torch_does_not_fuse() -> None:
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether Triton would be chosen is tested in test_triton_engine.py."""
-    monkeypatch.setattr("distadam.kernels.select.triton_obstacle", lambda *_: "it is not asked here")
+    monkeypatch.setattr(sys.modules["distadam.kernels.select"], "triton_obstacle", lambda *_: "it is not asked here")
 
 
 @pytest.mark.usefixtures("without_triton")
