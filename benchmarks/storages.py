@@ -3,9 +3,9 @@
     python benchmarks/storages.py [--seeds 5] [--steps 400] [--out benchmarks/results]
 
 Seeds choose initial weights and batches, the same ones for every storage, so that differences between storages are
-taken seed by seed: their spread is much smaller than that of the losses. bfloat16 parameters are widened in the
-forward pass, which few CPUs compute in 16 bits at any speed; their gradients are bfloat16 again. Two runs at a time, one thread each. Writes
-JSON, a Markdown table and a picture.
+taken seed by seed: their spread is much smaller than that of the losses. bfloat16 parameters are widened in the forward
+pass, which few CPUs compute in 16 bits at any speed; their gradients are bfloat16 again. Two runs at a time, one thread
+each. Writes JSON, a Markdown table and a picture.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     # Seed by seed, so that a run that is stopped early has compared every storage.
     jobs = [(name, seed, options.steps) for seed in range(options.seeds) for name in options.precisions]
-    results = []
+    results: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for result in pool.imap_unordered(run, jobs):
             results.append(result)
@@ -142,19 +142,28 @@ def main() -> None:
                 f"{len(results)}/{len(jobs)} {result['precision']} seed {result['seed']}: {result['loss']:.4f}",
                 flush=True,
             )
-    results.sort(key=lambda result: (options.precisions.index(result["precision"]), result["seed"]))
+            complete = [
+                seed
+                for seed in range(options.seeds)
+                if sum(result["seed"] == seed for result in results) == len(options.precisions)
+            ]
+            if len(complete) > 1:
+                write(options, [result for result in results if result["seed"] in complete], len(complete))
+
+
+def write(options: argparse.Namespace, results: list[dict[str, Any]], num_seeds: int) -> None:
+    """Write what all storages have been trained with so far: a run that is stopped leaves the seeds it finished."""
+    results = sorted(results, key=lambda result: (options.precisions.index(result["precision"]), result["seed"]))
     about = (
         f"GPT of {MODEL} on 16 x {MODEL['seq_len']} bytes a step, {options.steps} steps of AdamW, betas (0.9, 0.98), "
-        f"seeds 0 to {options.seeds - 1}; torch {torch.__version__}, CPU, one process. Differences are taken seed by "
-        "seed: mean ± standard error."
+        f"{num_seeds} seeds; torch {torch.__version__}, CPU, one process. Differences are taken seed by seed: mean ± "
+        "standard error."
     )
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"storages_cpu_{date.today():%Y-%m-%d}"
-    text = table(results, about)
-    stem.with_suffix(".md").write_text(text)
+    stem.with_suffix(".md").write_text(table(results, about))
     stem.with_suffix(".json").write_text(json.dumps({"about": about, "runs": results}, indent=1) + "\n")
     plot(results, stem.with_suffix(".png"))
-    print(text)
 
 
 if __name__ == "__main__":
