@@ -48,6 +48,7 @@ from tests.reference_optimizers import (
     worst_error,
 )
 
+select_module = sys.modules["distadam.kernels.select"]  # the package's attribute of that name is the function
 NUMEL = 64 * 40
 BOUND = 4.0
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -76,6 +77,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_forced_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def installed_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine has Triton decides nothing here."""
+    monkeypatch.setattr(select_module, "find_spec", lambda name: name)
 
 
 def allocate(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -382,11 +389,11 @@ def test_reference_brings_a_cpu_divisor_to_the_device() -> None:
     ("change", "message"),
     [
         ({"steps": []}, "expected 2 steps but got 0"),
-        ({"grad": torch.empty(128, device="meta")}, r"expected grad of shape \(192,\) but got \(128,\)"),
+        ({"grad": torch.empty(128, device="meta")}, r"grad: expected .* shape \(192,\) .* got \(128,\)"),
         ({"spans": [(0, 64), (64, 129)]}, r"multiple of 64 but got \[64, 129\)"),
         ({"states": {}}, "are missing"),
         ({"steps": [torch.empty((), device="meta", dtype=torch.float64)] * 2}, "torch.float32 .* got .*torch.float64"),
-        ({"grad": torch.empty(192)}, "on cpu but got .* on meta"),
+        ({"grad": torch.empty(192)}, "on meta but got .* on cpu"),
     ],
     ids=["missing-steps", "grad-shape", "odd-numel", "missing-states", "step-dtype", "device"],
 )
