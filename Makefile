@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH)
 TRAIN := examples/train_gpt.py
 
-.PHONY: help setup demo test lint types tests format clean
+.PHONY: help setup demo test lint types tests kernels format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,6 +61,9 @@ types: setup ## mypy, strict, on the package.
 
 tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+kernels: setup ## Compile the Triton kernels for compute capability 8.0, 9.0, 10.0 (no GPU needed) into docs/kernels.md.
+	@PYTHONPATH=. $(BIN)/python tools/compile_kernels.py --out docs/kernels.md
 
 format: setup ## Rewrite the sources as ruff formats them.
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -48,7 +48,6 @@ from tests.reference_optimizers import (
     worst_error,
 )
 
-select_module = sys.modules["distadam.kernels.select"]  # the package's attribute of that name is the function
 NUMEL = 64 * 40
 BOUND = 4.0
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -77,12 +76,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_forced_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def installed_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether this machine has Triton decides nothing here."""
-    monkeypatch.setattr(select_module, "find_spec", lambda name: name)
 
 
 def allocate(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import distadam
-from distadam.errors import ConfigError
+from distadam.errors import ConfigError, UsageError
 from distadam.kernels import select
 from distadam.rules import RULES
 from tests.reference_optimizers import make_group
@@ -78,6 +78,32 @@ def test_optimizer_has_the_references_bits(kind: str, dtype: torch.dtype, monkey
         assert torch.equal(actual[name], tensor), name
 
 
+STORAGES = [
+    distadam.PrecisionPolicy(master="split", moments="bf16"),
+    distadam.PrecisionPolicy(master="split", moments="8bit"),
+    distadam.PrecisionPolicy(master="stochastic", moments="8bit", seed=5),
+]
+
+
+@pytest.mark.parametrize("precision", STORAGES, ids=lambda policy: f"{policy.master}-{policy.moments}")
+def test_storages_have_the_references_bits(
+    precision: distadam.PrecisionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run("reference", "adamw", torch.bfloat16, monkeypatch, precision=precision)
+    actual = run("triton", "adamw", torch.bfloat16, monkeypatch, precision=precision)
+    del expected["norms"], actual["norms"]
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("precision", STORAGES, ids=lambda policy: f"{policy.master}-{policy.moments}")
+def test_step_with_storages_never_syncs(precision: distadam.PrecisionPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTADAM_KERNEL", "triton")
+    operations = train("adamw", 8, torch.bfloat16, comm=distadam.CommPolicy(bucket_mb=0.03), precision=precision)
+    assert operations["distadam.update.default"] > 0
+    assert operations["distadam.sum_of_squares.default"] > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_step_never_syncs(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +132,43 @@ def test_launches_grow_with_buckets_and_never_with_parameters(num_layers: int, m
             optimizer.step()
     assert len(optimizer.layout.buckets) == 1
     assert counts["distadam.update.default"] == 1
+
+
+def test_operators_tell_torch_what_they_write() -> None:
+    """opcheck runs each and compares what changed with the schema, and the checks on fake tensors."""
+    from distadam.kernels.triton_norm import num_programs
+
+    partials = torch.empty(2 * num_programs(128), dtype=torch.float64, device=DEVICE)
+    total, count = torch.empty((), dtype=torch.float64, device=DEVICE), torch.empty((), device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.distadam.sum_of_squares.default, (torch.ones(128, device=DEVICE), partials, total, count)
+    )
+    floats = [torch.full((1024,), 0.5, device=DEVICE) for _ in range(4)]
+    chunks, rows = torch.tensor([[0, 16, 0]], dtype=torch.int32), torch.tensor([[0, 0]], dtype=torch.int32)
+    hyper = torch.tensor([[0.1, 0.9, 0.99, 1e-8, 0.1, 0, 0, 0]], dtype=torch.float64)
+    tables = [table.to(DEVICE) for table in (chunks, rows, hyper, torch.ones(1), torch.zeros(1, 8))]
+    states, options = floats[2:], ("adam", "own", "fp32", [True, False, False])
+    arguments = (floats[0], floats[1], None, states, [], [], *tables, None, None, None, None, None, *options)
+    torch.library.opcheck(torch.ops.distadam.update.default, arguments)
+
+
+def test_operator_refuses_what_the_kernel_could_not_bear() -> None:
+    floats = [torch.empty(1024, device="meta") for _ in range(4)]
+    shapes = [((1, 3), torch.int32), ((1, 2), torch.int32), ((1, 8), torch.float64), ((1,), torch.float32)]
+    tables = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+    tables.append(torch.empty((1, 8), device="meta"))
+    options = ("adam", "own", "fp32", [True, False, False])
+    rest: tuple[Any, ...] = ([], [], *tables, None, None, None, None, None, *options)
+    update = torch.ops.distadam.update.default
+    update(floats[0], floats[1], None, floats[2:], *rest)
+    with pytest.raises(UsageError, match="expected states"):
+        update(floats[0], floats[1], None, floats[2:3], *rest)
+    with pytest.raises(UsageError, match=r"expected param 1-D, contiguous, 1024 of torch\.float32"):
+        update(floats[0], floats[1].bfloat16(), None, floats[2:], *rest)
+    with pytest.raises(UsageError, match="expected grad"):
+        update(floats[0].double(), floats[1], None, floats[2:], *rest)
+    with pytest.raises(UsageError, match="expected exp_avg_sq"):
+        update(floats[0], floats[1], None, [floats[2], floats[3][::2]], *rest)
 
 
 def test_select_says_why_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
