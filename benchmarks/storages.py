@@ -85,7 +85,9 @@ def table(results: list[dict[str, Any]], about: str) -> str:
         mean = statistics.mean(values.values())
         spread = f"{mean:.4f} ({min(values.values()):.4f} - {max(values.values()):.4f})"
         weights = name.partition("+")[0]
-        cells = [compare(values, losses[other]) if other != name else "" for other in ("fp32", weights)]
+        cells = [
+            compare(values, losses[other]) if other != name and other in losses else "" for other in ("fp32", weights)
+        ]
         rows.append(f"| {name} | {sum(kept.values()):.2f}: {split} | {spread} | {cells[0]} | {cells[1]} |")
     return about + "\n\n" + "\n".join(rows) + "\n"
 
