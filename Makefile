@@ -20,7 +20,7 @@ TRAIN := examples/train_gpt.py
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 
-.PHONY: help setup demo test lint types tests bench format clean
+.PHONY: help setup demo test lint types tests bench kernels format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -79,6 +79,9 @@ $(PEERS_READY): $(READY)
 
 bench: $(PEERS_READY) ## Train beside DDP, FSDP2, DeepSpeed and others; BENCH_ARGS="--models mlp --ranks 2" narrows it.
 	@$(PEERS)/bin/python benchmarks/peers.py $(BENCH_ARGS)
+
+kernels: setup ## Compile the Triton kernels for compute capability 8.0, 9.0, 10.0 (no GPU needed) into docs/kernels.md.
+	@PYTHONPATH=. $(BIN)/python tools/compile_kernels.py --out docs/kernels.md
 
 format: setup ## Rewrite the sources as ruff formats them.
 	@$(BIN)/ruff check --fix-only --quiet .

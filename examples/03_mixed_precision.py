@@ -1,11 +1,12 @@
-"""16-bit training, two ways. Run: python examples/03_mixed_precision.py, or on more ranks with distadam launch.
+"""16-bit training. Run: python examples/03_mixed_precision.py, or on more ranks with distadam launch.
 
-bf16: the parameters themselves are bf16, and the optimizer keeps fp32 masters, of which each rank has its share.
+bf16: the optimizer keeps what the parameters cannot hold, each rank its share: fp32 masters, or the 16 bits more that
+make one (split), or nothing (stochastic rounding). Moments are fp32, bf16 or 8-bit; groups may choose for themselves.
 fp16: the parameters are fp32, autocast computes in fp16, and a GradScaler keeps small gradients from becoming zero; a
-gradient that overflows on one rank makes every rank skip the step.
-
-The model learns the next value of a sum of three sine waves.
+gradient that overflows on one rank makes every rank skip. The model learns the next value of a sum of three sine waves.
 """
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,17 +26,17 @@ def build_model(device: torch.device) -> nn.Sequential:
     return nn.Sequential(nn.Linear(24, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 1)).to(device)
 
 
-def train_bf16(device: torch.device, steps: int) -> list[float]:
-    """Return the losses of training bf16 parameters with fp32 masters."""
+def train_bf16(device: torch.device, steps: int, **storages: str) -> list[float]:
+    """Return the losses with bf16 parameters stored like that; the last layer has fp32 moments all the same."""
     model = build_model(device).bfloat16()
-    optimizer = distadam.AdamW(model.parameters(), lr=2e-3, precision=distadam.PrecisionPolicy(master="fp32"))
+    groups = [{"params": model[:-1].parameters()}, {"params": model[-1].parameters(), "moments": "fp32"}]
+    optimizer = distadam.AdamW(groups, lr=2e-3, precision=distadam.PrecisionPolicy(**storages))
     losses = []
     for _ in range(steps):
         inputs, targets = waves(128, device)
         loss = nn.functional.mse_loss(model(inputs.bfloat16()).float(), targets)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
@@ -62,11 +63,14 @@ def train_fp16(device: torch.device, steps: int) -> list[float]:
 
 def main() -> None:
     group = distadam.init_process_group()
-    for name, train in (("bf16 parameters, fp32 masters", train_bf16), ("fp16 autocast, GradScaler", train_fp16)):
+    runs = {"fp16 autocast, GradScaler": train_fp16}
+    for master, moments in (("fp32", "fp32"), ("split", "8bit"), ("stochastic", "8bit")):
+        runs[f"bf16, {master}, {moments} moments"] = partial(train_bf16, master=master, moments=moments)
+    for name, train in runs.items():
         torch.manual_seed(group.rank)
         losses = train(group.device, steps=150)
         if group.rank == 0:
-            print(f"{name:30} loss {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.1e}")
+            print(f"{name:28} loss {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.1e}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -154,9 +154,12 @@ class Streams:
             self.launch(first).wait()
             return self.launch(second)
 
-    def upload(self, values: Sequence[int | float], out: Tensor) -> Tensor:
+    def upload(self, values: Sequence[int | float] | Tensor, out: Tensor) -> Tensor:
         """Write host numbers to a device tensor without waiting for the device: through pinned memory on CUDA."""
-        host = torch.tensor(values, dtype=out.dtype, pin_memory=out.is_cuda)
+        if isinstance(values, Tensor):
+            host = values.pin_memory() if out.is_cuda else values
+        else:
+            host = torch.tensor(values, dtype=out.dtype, pin_memory=out.is_cuda)
         return out.copy_(host, non_blocking=True)
 
     def current(self, device: torch.device) -> torch.cuda.Stream | None:

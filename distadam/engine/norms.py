@@ -19,6 +19,7 @@ from torch import Tensor
 from distadam.comm import Collectives, Pending
 from distadam.engine.ledger import Ledger
 from distadam.engine.rounds import BucketGradient
+from distadam.kernels import norm_in_one_pass
 
 _CHUNK = 32768
 _BLOCK = 64
@@ -34,9 +35,26 @@ class NormScratch:
         self._blocks: Tensor | None = None
         self._blocks64: Tensor | None = None
         self._part: Tensor | None = None
+        self._partials: Tensor | None = None
+
+    def one_pass(self, values: Tensor, out: Tensor, nonfinite: Tensor | None = None) -> bool:
+        """Let Triton write the float64 sum of squares and the number of non-finite values; False if it cannot."""
+        if not norm_in_one_pass(values.dtype, values.device.type):
+            return False
+        from distadam.kernels.triton_norm import num_programs, sum_of_squares
+
+        needed = 2 * num_programs(values.numel())
+        if self._partials is None or self._partials.numel() < needed:
+            if self._partials is not None:
+                self._ledger.release(self._partials)
+            self._partials = self._ledger.empty("scratch", needed, torch.float64, self._device)
+        sum_of_squares(values, self._partials, out, nonfinite)
+        return True
 
     def exact(self, values: Tensor, out: Tensor) -> None:
         """Write the float64 sum of squares of 1-D ``values`` to 0-D ``out``."""
+        if self.one_pass(values, out):
+            return
         if self._part is None:
             self._part = self._ledger.empty("scratch", 1, torch.float64, self._device)
         if self._device.type != "cpu":
@@ -55,6 +73,8 @@ class NormScratch:
 
     def blockwise(self, values: Tensor, out: Tensor) -> None:
         """Write the sum of squares of a part of a shard to 0-D float64 ``out``, by float32 norms of 64 elements."""
+        if self.one_pass(values, out):
+            return
         num_blocks = values.numel() // _BLOCK
         if self._blocks is None or self._blocks.numel() < num_blocks or self._blocks.dtype != values.dtype:
             for old in (self._blocks, self._blocks64):
@@ -149,6 +169,12 @@ class StepNorm:
             scale = loss_scale if loss_scale.device == device else loss_scale.to(device)
             part.div_(scale.view(())).div_(scale.view(()))
         total.add_(part)
+
+    @staticmethod
+    def read(gradient: BucketGradient) -> Tensor:
+        """Return the gradient as it lies there if one pass over it is enough, else in the compute dtype."""
+        raw = gradient.raw_sum()
+        return raw if norm_in_one_pass(raw.dtype, raw.device.type) else gradient.summed()
 
     def finish(self) -> None:
         """Combine the shards' sums; nothing waits for it."""

@@ -131,7 +131,7 @@ class GradientOperations:
             squares = torch.zeros((), dtype=torch.float64, device=device)
             for gradient in gradients:
                 part = torch.zeros((), dtype=torch.float64, device=gradient.flat.device)
-                norm.scratch(gradient.flat.device).exact(gradient.summed(), part)
+                norm.scratch(gradient.flat.device).exact(norm.read(gradient), part)
                 if gradient.scaling_divisor is not None:
                     part.div_(gradient.scaling_divisor).div_(gradient.scaling_divisor)
                 for multiplier in gradient.multipliers:
@@ -228,7 +228,7 @@ class GradientOperations:
         """Return for each device whether any rank's shard has a NaN or Inf (0-D, 0 or 1); every rank calls this."""
         found: dict[torch.device, Tensor] = {}
         for gradient in self._reducer.gradients:
-            largest = torch.linalg.vector_norm(gradient.summed(), math.inf)
+            largest = torch.linalg.vector_norm(gradient.raw_sum(), math.inf)
             flag = torch.isfinite(largest).logical_not_().to(torch.float32)
             device = gradient.flat.device
             found[device] = torch.maximum(found[device], flag) if device in found else flag

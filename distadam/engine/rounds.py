@@ -328,6 +328,13 @@ class BucketGradient:
         self._absorbed = self.launched
         yield from taken
 
+    def raw_sum(self) -> Tensor:
+        """Return what `summed` returns, in the 16-bit dtype of the wire where nothing has widened it yet."""
+        self.absorb()
+        if self._sum is None or self._sum.dtype not in (torch.bfloat16, torch.float16):
+            return self.summed()
+        return self._sum
+
     def multiply(self, factor: Tensor | float) -> None:
         """Scale the averaged gradient by a 0-D tensor or a number, when the update reads it."""
         if not isinstance(factor, Tensor):

@@ -1,4 +1,8 @@
-"""Which kernel serves which update, and why."""
+"""Which kernel serves which update, why, and why not the faster one.
+
+Fastest first: Triton (on CUDA: one launch a bucket, every storage), torch's fused operations (storages that they do not
+know are loaded and stored in chunks), the reference kernel.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from torch import Tensor
 from distadam.errors import ConfigError
 from distadam.kernels.reference import ReferenceKernel
 from distadam.kernels.torch_fused import TorchFusedKernel
-from distadam.kernels.update import Kernel
+from distadam.kernels.triton_select import TRITON, triton_obstacle
+from distadam.kernels.update import Kernel, Upload
 from distadam.rules import Adam, Allocate, Rule, Sgd
 
 ENVIRONMENT_VARIABLE = "DISTADAM_KERNEL"
 
-_NAMES = (ReferenceKernel.name, TorchFusedKernel.name)
+_NAMES = (ReferenceKernel.name, TorchFusedKernel.name, TRITON)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +33,15 @@ class Choice:
     Attributes:
         name: What `make_kernel` takes.
         reason: Why this one; one clause, for people.
+        obstacle: Why not the faster one; None where there is none, or where `reason` says it.
     """
 
     name: str
     reason: str
+    obstacle: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.obstacle is None else f"{self.reason}; not triton: {self.obstacle}"
 
 
 def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> Choice:
@@ -44,8 +54,9 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
         device_type: "cpu", "cuda", "meta", ...
 
     Returns:
-        torch's fused operation where there is one that never syncs, the reference kernel otherwise; or what the
-        environment variable DISTADAM_KERNEL says.
+        Triton's kernel on CUDA; where it cannot serve, and elsewhere, torch's fused operation if there is one that
+        never syncs, else the reference kernel; or what the environment variable DISTADAM_KERNEL says. It may say triton
+        on meta too, and on the CPU in Triton's interpreter.
 
     Raises:
         ConfigError: DISTADAM_KERNEL names no kernel, or one that cannot serve this update.
@@ -55,18 +66,34 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
     obstacle = _fused_obstacle(rule, group, compute_dtype, device_type)
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced is not None:
-        return _forced(forced, rule, obstacle)
+        return _forced(forced, rule, obstacle, triton_obstacle(rule, group, compute_dtype, device_type))
+    not_triton = triton_obstacle(rule, group, compute_dtype, device_type) if device_type == "cuda" else None
+    if device_type == "cuda" and not_triton is None:
+        return Choice(name=TRITON, reason="one pass over memory, one launch for a bucket")
     if obstacle is not None:
-        return Choice(name=ReferenceKernel.name, reason=obstacle)
-    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}")
+        return Choice(name=ReferenceKernel.name, reason=obstacle, obstacle=not_triton)
+    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}", obstacle=not_triton)
 
 
-def make_kernel(name: str, allocate: Allocate) -> Kernel:
+def norm_in_one_pass(dtype: torch.dtype, device_type: str) -> bool:
+    """Return whether Triton takes sums of squares of gradients of this dtype: where it may take updates."""
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced != TRITON and (forced is not None or device_type != "cuda"):
+        return False
+    return triton_obstacle(None, {}, torch.float64 if dtype == torch.float64 else torch.float32, device_type) is None
+
+
+def _copy(host: Tensor, out: Tensor) -> None:
+    out.copy_(host)
+
+
+def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel:
     """Build the kernel of a `Choice`.
 
     Args:
-        name: "reference" or "torch_fused".
+        name: "reference", "torch_fused" or "triton".
         allocate: Makes the kernel's scratch buffers.
+        upload: Copies a CPU tensor to a device tensor without waiting for the device.
 
     Raises:
         ConfigError: There is no kernel of that name.
@@ -75,17 +102,26 @@ def make_kernel(name: str, allocate: Allocate) -> Kernel:
         return ReferenceKernel(allocate)
     if name == TorchFusedKernel.name:
         return TorchFusedKernel(allocate)
+    if name == TRITON:
+        from distadam.kernels.triton_kernel import TritonKernel
+
+        return TritonKernel(upload)
     raise ConfigError(f"kernel: expected one of {', '.join(_NAMES)} but got {name!r}")
 
 
-def _forced(forced: str, rule: Rule, obstacle: str | None) -> Choice:
+def _forced(forced: str, rule: Rule, not_fused: str | None, not_triton: str | None) -> Choice:
     if forced not in _NAMES:
         raise ConfigError(
             f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(_NAMES)} but got {forced!r}; unset it or correct it"
         )
-    if forced == TorchFusedKernel.name and obstacle is not None:
+    if forced == TorchFusedKernel.name and not_fused is not None:
         raise ConfigError(
-            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that torch fuses but for {rule.name} {obstacle}; "
+            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that torch fuses but for {rule.name} {not_fused}; "
+            f"unset it or set it to {ReferenceKernel.name}"
+        )
+    if forced == TRITON and not_triton is not None:
+        raise ConfigError(
+            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that Triton's kernels serve but {not_triton}; "
             f"unset it or set it to {ReferenceKernel.name}"
         )
     return Choice(name=forced, reason=f"{ENVIRONMENT_VARIABLE}={forced}")
