@@ -38,7 +38,8 @@ def count_python_calls(function: Callable[[], Any]) -> int:
 
     def on_event(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
-        calls += event == "call"
+        # How often a wait looks for its peers' tokens is chance.
+        calls += event == "call" and not frame.f_code.co_filename.endswith("mesh.py")
 
     sys.setprofile(on_event)
     try:

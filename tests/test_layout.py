@@ -345,10 +345,10 @@ def test_layout_of_70_billion_parameters_over_4096_ranks_takes_under_two_seconds
     model: Callable[[], list[ParamSpec]],
 ) -> None:
     params = model()
-    begin = time.perf_counter()
+    begin = time.process_time()  # what else the machine does is not the layout's time
     layout = Layout.build(params, num_shards=4096, bucket_nbytes=CommPolicy().bucket_nbytes(4096))
     mine = [bucket.pieces(2049) for bucket in layout.buckets]
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     assert any(mine)
     assert took < 2.0
     check_slots(layout)
