@@ -178,6 +178,20 @@ def test_special_weights_are_stored_as_the_reference_stores_them(weights: str) -
         assert torch.isfinite(results[1].param[: len(BITS)].cpu()[finite]).all()
 
 
+def test_weights_beyond_the_largest_bfloat16_stay_finite() -> None:
+    """Stochastic rounding would take them to Inf; +-3.3895e38 is the largest bfloat16, float32 goes on a little."""
+    rule, group = RULES["sgd"], make_group("sgd", {"lr": 1.0})
+    largest = torch.finfo(torch.bfloat16).max
+    shards = [Shard(rule, group, "stochastic", "fp32", device) for device in (torch.device("cpu"), DEVICE)]
+    for shard in shards:
+        shard.param[:128], shard.grad[:128] = largest, -6e35
+        shard.param[128:256], shard.grad[128:256] = -largest, 6e35
+    shards[0].reference(rule, group)
+    shards[1].triton(rule, group)
+    compare(shards[1].memory(), shards[0].memory())
+    assert torch.equal(shards[1].param[:256].abs().cpu(), torch.full((256,), largest, dtype=torch.bfloat16))
+
+
 def compare_but_nan_payloads(actual: Shard, expected: Shard) -> None:
     nan = expected.param.isnan()
     assert torch.equal(actual.param.cpu().isnan(), nan)
