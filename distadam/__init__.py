@@ -1,5 +1,6 @@
 """distadam: torch.optim's Adam, AdamW, SGD and RMSprop with state sharded over data-parallel ranks."""
 
+from distadam import checkpoint as checkpoint
 from distadam.api import SGD, Adam, AdamW, RMSprop
 from distadam.comm import RunInfo, broadcast_buffers, init_process_group
 from distadam.errors import (

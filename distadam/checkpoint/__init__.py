@@ -1,0 +1,25 @@
+"""Checkpoints without a world size: sharded, reshardable, asynchronous, crash-safe.
+
+See ``docs/checkpoint-format.md``.
+"""
+
+from distadam.checkpoint.background import Save, flush
+from distadam.checkpoint.extra import RandomState
+from distadam.checkpoint.loading import load
+from distadam.checkpoint.prune import latest, prune
+from distadam.checkpoint.report import Description, describe, problems, verify
+from distadam.checkpoint.saving import save
+
+__all__ = [
+    "Description",
+    "RandomState",
+    "Save",
+    "describe",
+    "flush",
+    "latest",
+    "load",
+    "problems",
+    "prune",
+    "save",
+    "verify",
+]
