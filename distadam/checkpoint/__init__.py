@@ -4,6 +4,7 @@ See ``docs/checkpoint-format.md``.
 """
 
 from distadam.checkpoint.background import Save, flush
+from distadam.checkpoint.convert import convert, reshard
 from distadam.checkpoint.extra import RandomState
 from distadam.checkpoint.loading import load
 from distadam.checkpoint.prune import latest, prune
@@ -14,12 +15,14 @@ __all__ = [
     "Description",
     "RandomState",
     "Save",
+    "convert",
     "describe",
     "flush",
     "latest",
     "load",
     "problems",
     "prune",
+    "reshard",
     "save",
     "verify",
 ]

@@ -71,12 +71,6 @@ def _encoded(placed: Placed, name: str, value: Tensor) -> Copies:
     return [(placed.cut(part)[1], value.to(part.tensor.dtype))]
 
 
-def decoded(saved: Saved, entry: ParamEntry, name: str, start: int, end: int | None) -> Tensor:
-    """Return a saved state in fp32 (fp64 stays), in the order in which its parameter lay in memory."""
-    value = saved.whole(state_key(entry.name, name))
-    return value if value.dtype == torch.float64 else value.float()
-
-
 def _range(saved: Saved, placed: Placed, entry: ParamEntry, key: str, block: int) -> Tensor:
     """Read the elements of a saved tensor that this rank's part of the parameter needs."""
     piece = placed.piece

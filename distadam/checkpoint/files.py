@@ -39,6 +39,10 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that were just read or written."""
 
 
+Resolve = Callable[[str, int, int], Tensor]
+"""Returns elements [start, start + numel) of a tensor: (key, start, numel)."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
@@ -88,8 +92,9 @@ class Slice:
 class _SavePlanner(DefaultSavePlanner):
     """Resolves a write item to the slice that holds it."""
 
-    def __init__(self, slices: Sequence[Slice]) -> None:
+    def __init__(self, slices: Sequence[Slice], resolve: Resolve | None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._resolve = resolve
         self._slices: dict[MetadataIndex, Tensor] = {}
         items: list[WriteItem] = []
         for part in slices:
@@ -103,7 +108,10 @@ class _SavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the elements of an item; the writer copies them to the host, one item at a time."""
-        return self._slices[write_item.index]
+        tensor, index = self._slices[write_item.index], write_item.index
+        if tensor.is_meta and self._resolve is not None and index.offset is not None:
+            return self._resolve(index.fqn, index.offset[0], tensor.numel())
+        return tensor
 
 
 @dataclass
@@ -151,13 +159,19 @@ class _Checksums:
 
 
 def write_slices(
-    store: Store, prefix: str, slices: Sequence[Slice], progress: Progress | None = None
+    store: Store,
+    prefix: str,
+    slices: Sequence[Slice],
+    *,
+    resolve: Resolve | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[Item]]:
     """Write slices into one new file; return its items by file name (nothing for no slices).
 
-    Holds one item of at most `CHUNK_NBYTES` in host memory beside the slices.
+    Holds one item of at most `CHUNK_NBYTES` in host memory beside the slices. Slices on the meta device are asked for
+    item by item.
     """
-    planner = _SavePlanner([part for part in slices if part.tensor.numel()])
+    planner = _SavePlanner([part for part in slices if part.tensor.numel()], resolve)
     store.make()
     if not planner.items:
         return {}

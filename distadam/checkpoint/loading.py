@@ -170,7 +170,7 @@ class Reading:
         if kept is None and entry.placed and entry.step:
             kept = {"step": torch.tensor(entry.step)} if self.access.rule.has_step else {}
             for state in entry.states:
-                flat = convert_storage.decoded(self.saved, entry, state, 0, None)
+                flat = self.saved.decoded(entry, state)
                 kept[state] = flat.as_strided(entry.shape, entry.strides)
         if kept:
             self.unplaced[param] = kept

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from distadam.checkpoint import extra as extras
-from distadam.checkpoint.files import Slice, dtype_of, read_slices
+from distadam.checkpoint.files import Progress, Slice, dtype_of, read_slices
+from distadam.checkpoint.live import state_key
 from distadam.checkpoint.manifest import Manifest, ParamEntry, check_sizes, read_manifest
 from distadam.checkpoint.store import Store
 from distadam.errors import LayoutMismatch
@@ -48,7 +49,7 @@ class Saved:
             raise problem
         names: dict[str, ParamEntry] = {}
         for entry in manifest.params:
-            name = _renamed(entry.name, rename)
+            name = renamed(entry.name, rename)
             if name in names:
                 raise LayoutMismatch(
                     f"{store.path}: {entry.name!r} and {names[name].name!r} are both renamed {name!r}."
@@ -56,12 +57,21 @@ class Saved:
             names[name] = entry
         return cls(store, manifest, names)
 
-    def whole(self, key: str) -> Tensor:
+    def whole(self, key: str, progress: Progress | None = None) -> Tensor:
         """Read a whole tensor, 1-D."""
         entry = self.manifest.tensors[key]
         tensor = torch.empty(entry.numel, dtype=dtype_of(entry.dtype))
-        read_slices(self.store, self.manifest, [Slice(entry, 0, tensor)])
+        read_slices(self.store, self.manifest, [Slice(entry, 0, tensor)], progress)
         return tensor
+
+    def decoded(self, entry: ParamEntry, name: str, progress: Progress | None = None) -> Tensor:
+        """Return a whole state in fp32 (fp64 stays), 1-D, in the order in which its parameter lay in memory."""
+        value = self.whole(state_key(entry.name, name), progress)
+        return value if value.dtype == torch.float64 else value.float()
+
+    def weight(self, entry: ParamEntry, progress: Progress | None = None) -> Tensor:
+        """Return a parameter's whole fp32 master, 1-D, in the order in which it lay in memory."""
+        return self.whole(state_key(entry.name, "master"), progress)
 
     def blob(self, key: str) -> Any:
         """Return the values behind a tensor of bytes."""
@@ -76,7 +86,8 @@ class Saved:
         )
 
 
-def _renamed(name: str, rename: Rename) -> str:
+def renamed(name: str, rename: Rename) -> str:
+    """Return a saved name as it is today."""
     if rename is None:
         return name
     return rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
