@@ -3,6 +3,7 @@
 See ``docs/checkpoint-format.md``.
 """
 
+from distadam.checkpoint import elastic
 from distadam.checkpoint.background import Save, flush
 from distadam.checkpoint.convert import convert, reshard
 from distadam.checkpoint.extra import RandomState
@@ -17,6 +18,7 @@ __all__ = [
     "Save",
     "convert",
     "describe",
+    "elastic",
     "flush",
     "latest",
     "load",

@@ -29,7 +29,7 @@ from distadam.engine.access import Access
 from distadam.engine.votes import Purpose
 from distadam.errors import CheckpointError
 
-EXIT_GRACE_S = 60.0
+EXIT_GRACE_S = 15.0
 """How long the committing rank waits for the others' files when its process ends."""
 
 _POLL_S = 0.02
