@@ -17,10 +17,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH)
 TRAIN := examples/train_gpt.py
 
-.PHONY: help setup demo test lint types tests format clean
+.PHONY: help setup demo test lint types tests test-slow format clean
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(READY) ## Build .venv: torch, this checkout (editable) and the development tools.
 
@@ -61,6 +61,9 @@ types: setup ## mypy, strict, on the package.
 
 tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup ## The long tests: every pair of rank counts with every rule and storage, 50 killed saves.
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 format: setup ## Rewrite the sources as ruff formats them.
 	@$(BIN)/ruff check --fix-only --quiet .

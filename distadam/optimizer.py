@@ -61,6 +61,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         offload: OffloadPolicy,
     ) -> None:
         self._policies = (shard, precision, comm, offload)
+        self._rule = RULES[rule]
         # A policy of another type is refused by `_check_arguments`, once this rank can tell the others.
         shard = shard if isinstance(shard, ShardPolicy) else ShardPolicy()
         comm = comm if isinstance(comm, CommPolicy) else CommPolicy()
@@ -74,7 +75,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._flats: list[FlatBucket] = []
         self._guard = ParameterGuard()
         self._gatherer = Gatherer(self._collectives, overlap=comm.overlap_gather)
-        self._stepper = Stepper(RULES[rule], self.param_groups, self._ledger, self._collectives.streams)
+        self._stepper = Stepper(self._rule, self.param_groups, self._ledger, self._collectives.streams)
         self._norm = StepNorm(self._ledger, self._collectives)
         self._reducer = Reducer(
             self._collectives,
@@ -298,7 +299,8 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
     def reload_parameters(self) -> None:
         """Take over parameters that somebody else wrote: masters and shards follow, ranks take the first rank's.
 
-        A master weight that still rounds to its parameter keeps its low bits.
+        A master weight that still rounds to its parameter keeps its low bits. With ``master="split"`` every parameter
+        that was written on some rank loses them: which of its elements changed, nobody can tell any more.
 
         Raises:
             ConfigError: a parameter's shape, dtype or device is no longer the layout's.
@@ -309,11 +311,13 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._collectively("reload_parameters()", self._check_moved, Purpose.RELOAD)
         self._reducer.finish(Purpose.PARAMETERS)  # what backward has launched differs between ranks until now
         with torch.no_grad():
-            moved = set(self._guard.moved())
+            mine = set(self._guard.moved())
+            moved = set().union(*self._collectives.exchange(mine, "reload_parameters()"))
             for flat, base in zip(self._flats, self._reducer.bases, strict=True):
-                flat.adopt([slot for slot in range(len(flat.params)) if base + slot in moved])
+                slots = [slot for slot in range(len(flat.params)) if base + slot in moved]
+                flat.adopt([slot for slot in slots if base + slot in mine])
                 self._collectives.broadcast(flat.param_flat, f"parameters of bucket {flat.bucket.index}")
-                flat.weights.reload()
+                flat.reload(slots)
         self._guard.accept()
 
     def _check_moved(self) -> list[tuple[str, object]]:
@@ -521,6 +525,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         places.check_params(names)
         shard, precision, comm, offload = self._policies
         groups = self._collectives.groups
+        places.storage_choices(self.param_groups, names, precision, self._rule.name)
         places.check_reduce(names, comm.reduce, self._collectives.memory is not None or groups.num_shards == 1)
         return [
             ("optimizer", type(self).__name__),
@@ -562,7 +567,9 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
     def _place(self, trainable: Sequence[Tensor], frozen: Sequence[Tensor]) -> None:
         """Give trainable parameters their places, take the first rank's values, remember the frozen ones."""
         names = places.param_names(self.param_groups)
-        specs = places.param_specs(trainable, self.param_groups, names)
+        precision = self._policies[1]
+        choices = places.storage_choices(self.param_groups, names, precision, self._rule.name)
+        specs = places.param_specs(trainable, self.param_groups, names, choices)
         groups = self._collectives.groups
         if self._layout is None:
             nbytes = self._policies[2].bucket_nbytes(groups.num_shards)
@@ -572,9 +579,17 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         with torch.no_grad():
             for bucket in self._layout.buckets[len(self._flats) :]:
                 members = [trainable[slot.param - base] for slot in bucket.slots]
-                flat = FlatBucket(bucket, members, [names[p] for p in members], groups.shard_rank, self._ledger)
+                flat = FlatBucket(
+                    bucket,
+                    members,
+                    [names[p] for p in members],
+                    groups.shard_rank,
+                    self._ledger,
+                    choices[members[0]],
+                    precision.seed,
+                )
                 self._collectives.broadcast(flat.param_flat, f"parameters of bucket {bucket.index}")
-                flat.weights.reload()
+                flat.reload(range(len(members)))
                 state.load_slots(self.state, self._stepper.rule, flat, self.param_groups)
                 self._flats.append(flat)
                 self._reducer.add_bucket(flat)

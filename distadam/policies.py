@@ -72,18 +72,27 @@ class PrecisionPolicy:
     """How numbers are stored and sent.
 
     Args:
-        master: "auto" or "fp32": 16-bit parameters have an fp32 master weight in the shard; others are their own.
-        moments: storage of the optimizer state; "fp32" (float64 parameters keep float64 state).
+        master: what 16-bit parameters have beside them (others are their own weights): "auto" or "fp32": an fp32 master
+            in the shard; "split" (bfloat16): the 16 bits that make parameter and remainder an exact fp32 master;
+            "stochastic" (bfloat16): nothing, updates are rounded stochastically; "none": nothing, to nearest even.
+        moments: storage of the optimizer state: "fp32" (float64 parameters keep float64 state), "bf16", or "8bit" in
+            blocks of 256 elements of one parameter.
         reduce_dtype: floating dtype that gradients are sent in; None is the parameter's dtype.
+        seed: of stochastic rounding, 32 bits.
+
+    A parameter group may have entries "master" and "moments" that stand for the fields of the same names.
     """
 
-    master: Literal["auto", "fp32"] = "auto"
-    moments: Literal["fp32"] = "fp32"
+    master: Literal["auto", "fp32", "split", "stochastic", "none"] = "auto"
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     reduce_dtype: torch.dtype | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("PrecisionPolicy", "master", self.master, ("auto", "fp32"))
-        _one_of("PrecisionPolicy", "moments", self.moments, ("fp32",))
+        _one_of("PrecisionPolicy", "master", self.master, ("auto", "fp32", "split", "stochastic", "none"))
+        _one_of("PrecisionPolicy", "moments", self.moments, ("fp32", "bf16", "8bit"))
+        if not (isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32):
+            raise ConfigError(f"PrecisionPolicy(seed=...) expected an integer in [0, 2**32) but got {self.seed!r}.")
         if self.reduce_dtype is not None and repr(self.reduce_dtype) not in _REDUCE_DTYPES:
             raise ConfigError(
                 f"PrecisionPolicy(reduce_dtype=...) expected None or one of {', '.join(_REDUCE_DTYPES)} but got "

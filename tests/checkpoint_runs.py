@@ -22,6 +22,7 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam amsgrad": (distadam.Adam, {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1}),
     "sgd momentum": (distadam.SGD, {"lr": 1e-2, "momentum": 0.9}),
     "sgd": (distadam.SGD, {"lr": 1e-2}),
+    "rmsprop": (distadam.RMSprop, {"lr": 1e-3, "momentum": 0.5}),
     "rmsprop centered": (distadam.RMSprop, {"lr": 1e-3, "centered": True, "momentum": 0.5}),
 }
 
@@ -29,7 +30,18 @@ STORAGES: dict[str, tuple[torch.dtype, PrecisionPolicy]] = {
     "fp32": (torch.float32, PrecisionPolicy()),
     "fp64": (torch.float64, PrecisionPolicy()),
     "bf16 fp32 master": (torch.bfloat16, PrecisionPolicy()),
+    "split": (torch.bfloat16, PrecisionPolicy(master="split")),
+    "stochastic": (torch.bfloat16, PrecisionPolicy(master="stochastic", moments="bf16", seed=3)),
+    "8bit": (torch.float32, PrecisionPolicy(moments="8bit")),
+    "split 8bit": (torch.bfloat16, PrecisionPolicy(master="split", moments="8bit")),
 }
+
+CASES = [
+    (rule, storage)
+    for rule in RULES
+    for storage, (_, precision) in STORAGES.items()
+    if rule != "rmsprop centered" or precision.moments == "fp32"  # the others are refused
+]
 
 LAYOUTS = [
     {"shard": ShardPolicy(stage=1), "comm": CommPolicy(bucket_mb=0.002)},
@@ -89,13 +101,16 @@ def digest(model: Model, optimizer: Any) -> str:
     values: list[Tensor] = [tensor.detach() for tensor in model.state_dict().values()]
     for entry in optimizer.full_state_dict(to=None)["state"].values():
         values += entry.values()
-    masters: dict[str, Tensor] = {}  # in an order that buckets do not change
+    stored: dict[str, Tensor] = {}  # in an order that buckets do not change
     for flat in access.flats:
-        if flat.weights.name != "own":
-            whole = torch.empty(flat.bucket.numel)
-            access.collectives.all_gather(whole, flat.weights.load(), "masters").wait()
-            masters |= {name: flat.unflatten(whole, slot) for slot, name in enumerate(flat.names)}
-    values += [masters[name] for name in sorted(masters)]
+        for key, part in flat.stored().items():
+            whole = torch.empty(flat.bucket.numel // part.block, dtype=part.tensor.dtype)
+            raw, own = (tensor.view(torch.uint8) for tensor in (whole, part.tensor))  # gloo has no int16
+            access.collectives.all_gather(raw, own, key).wait()
+            for slot, name in zip(flat.bucket.slots, flat.names, strict=True):
+                first, last = slot.offset // part.block, -(-slot.end // part.block)
+                stored[f"{name} {key}"] = whole[first:last]
+    values += [stored[name] for name in sorted(stored)]
     sha = hashlib.sha256()
     for value in values:
         sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -115,11 +130,9 @@ def write_many(rank: int, folder: str, cases: list[tuple[str, str]], steps: int,
         write(rank, f"{folder}/{rule}-{storage}", rule, storage, number % 2, steps, asynchronous)
 
 
-def resume_many(
-    rank: int, folder: str, cases: list[tuple[str, str]], steps: int, last: int
-) -> tuple[list[str], list[str]]:
-    """Return digests of runs that resume, and of runs that never stopped."""
-    resumed, whole = [], []
+def resume_many(rank: int, folder: str, cases: list[tuple[str, str]], steps: int, last: int) -> list[str]:
+    """Return digests of runs that resume in other buckets, with the model in disorder before."""
+    resumed = []
     for number, (rule, storage) in enumerate(cases):
         model, optimizer = build(rule, storage, (number + 1) % 2)
         with torch.no_grad():
@@ -129,7 +142,14 @@ def resume_many(
         checkpoint.load(f"{folder}/{rule}-{storage}", model, optimizer)
         train(model, optimizer, steps, last)
         resumed.append(digest(model, optimizer))
+    return resumed
+
+
+def never_stopped(rank: int, cases: list[tuple[str, str]], last: int) -> list[str]:
+    """Return digests of runs without a checkpoint."""
+    digests = []
+    for rule, storage in cases:
         model, optimizer = build(rule, storage)
         train(model, optimizer, 0, last)
-        whole.append(digest(model, optimizer))
-    return resumed, whole
+        digests.append(digest(model, optimizer))
+    return digests

@@ -22,13 +22,15 @@ from distadam.errors import ConfigError, UsageError
 from distadam.kernels import (
     Choice,
     GradScaling,
+    GroupRanges,
     Kernel,
     ReferenceKernel,
+    ShardUpdate,
     TorchFusedKernel,
-    UpdateRanges,
     make_kernel,
     select,
 )
+from distadam.precision import OwnWeights, PlainMoment
 from distadam.rules import RULES, Rule
 from tests.reference_optimizers import (
     FUSED_RULES,
@@ -83,16 +85,31 @@ def random_cuts(seed: int, numel: int = NUMEL) -> list[int]:
     return [0, *sorted(random.Random(seed).sample(range(64, numel, 64), 6)), numel]
 
 
-def cut(problem: Problem, cuts: list[int], *, first: bool | None = None) -> UpdateRanges:
+def plain_moment(tensor: Tensor) -> PlainMoment:
+    """A state that lies in ``tensor`` itself."""
+    moment = PlainMoment(0, tensor.dtype, tensor.dtype, tensor.device, lambda kind, *args: torch.empty(0))
+    moment.tensor = moment.direct = tensor
+    return moment
+
+
+def cut(problem: Problem, cuts: list[int], group: Options, *, first: bool | None = None) -> ShardUpdate:
     """Lay a problem out as ranges; `first` None means what the count says."""
-    pieces = [slice(start, end) for start, end in pairwise(cuts)]
-    device = problem.weight.device
-    return UpdateRanges(
-        weights=[problem.weight[piece] for piece in pieces],
-        grads=[problem.grad[piece] for piece in pieces],
-        states={key: [tensor[piece] for piece in pieces] for key, tensor in problem.state.items()},
-        steps=[torch.tensor(float(problem.count), device=device) for _ in pieces],
-        first=[problem.count == 1 if first is None else first for _ in pieces],
+    spans = list(pairwise(cuts))
+    steps = torch.full((max(1, len(spans)),), float(problem.count), device=problem.weight.device)
+    ranges = GroupRanges(
+        group=group,
+        spans=spans,
+        steps=[steps[i] for i in range(len(spans))],
+        slots=list(range(len(spans))),
+        first=[problem.count == 1 if first is None else first for _ in spans],
+    )
+    return ShardUpdate(
+        weights=OwnWeights(problem.weight),
+        states={key: plain_moment(tensor) for key, tensor in problem.state.items()},
+        grad=problem.grad,
+        compute_dtype=problem.weight.dtype,
+        steps=steps,
+        ranges=[ranges],
     )
 
 
@@ -123,7 +140,7 @@ def test_torch_fused_equals_torch_optim_over_50_steps(name: str, options: Option
         for problem, cuts in runs:
             problem.count += 1
             problem.grad = grad.clone()
-            kernel.update(rule, cut(problem, cuts), group, GradScaling())
+            kernel.update(rule, cut(problem, cuts, group), GradScaling())
     expected = {"weight": parameter.detach(), **{n: optimizer.state[parameter][n] for n in names}}
     for problem, _ in runs:
         assert same_bits(problem.results(), expected)
@@ -142,7 +159,7 @@ def test_reference_is_within_the_contracts_bound(name: str, options: Options, dt
     for count in (1, 7, 300):
         problem = problem_for(rule, group, count, dtype=dtype, seed=1)
         exact = ORACLES[name](group, problem)
-        kernel.update(rule, cut(problem, random_cuts(2)), group, GradScaling())
+        kernel.update(rule, cut(problem, random_cuts(2), group), GradScaling())
         assert worst_error(problem, exact) <= BOUND
 
 
@@ -157,7 +174,7 @@ def test_reference_bits_do_not_depend_on_the_cut(
     for chunk, cuts in ((1 << 20, [0, NUMEL]), (1 << 20, random_cuts(3)), (192, random_cuts(4))):
         monkeypatch.setattr("distadam.kernels.reference._CPU_CHUNK", chunk)
         problem = before.clone()
-        ReferenceKernel(allocate).update(rule, cut(problem, cuts), group, GradScaling())
+        ReferenceKernel(allocate).update(rule, cut(problem, cuts, group), GradScaling())
         results.append(problem.results())
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
@@ -172,7 +189,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(kernel_name: str, name: str
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
         problem = before.clone()
-        make_kernel(kernel_name, allocate).update(rule, cut(problem, [0, numel]), group, GradScaling())
+        make_kernel(kernel_name, allocate).update(rule, cut(problem, [0, numel], group), GradScaling())
         results.append(problem.results())
     assert same_bits(results[0], results[1])
 
@@ -189,7 +206,7 @@ def test_found_inf_keeps_every_bit(kernel_name: str, name: str, found_inf: Any) 
     problem = before.clone()
     problem.count = 0  # a skipped step is not counted, and the first may be skipped
     scaling = GradScaling(found_inf=torch.tensor(found_inf))
-    make_kernel(kernel_name, allocate).update(rule, cut(problem, random_cuts(5)), group, scaling)
+    make_kernel(kernel_name, allocate).update(rule, cut(problem, random_cuts(5), group), scaling)
     assert same_bits(problem.results(), before.results())
 
 
@@ -200,9 +217,9 @@ def test_found_inf_of_zero_changes_nothing(kernel_name: str, name: str, found_in
     plain = problem_for(rule, group, 2)
     flagged = plain.clone()
     kernel = make_kernel(kernel_name, allocate)
-    kernel.update(rule, cut(plain, [0, NUMEL]), group, GradScaling())
+    kernel.update(rule, cut(plain, [0, NUMEL], group), GradScaling())
     scaling = GradScaling(found_inf=torch.tensor(found_inf))
-    kernel.update(rule, cut(flagged, [0, NUMEL]), group, scaling)
+    kernel.update(rule, cut(flagged, [0, NUMEL], group), scaling)
     assert same_bits(plain.results(), flagged.results())
 
 
@@ -239,8 +256,8 @@ def test_scaling_rounds_each_factor_in_order(
         factor = torch.full((NUMEL,), value, dtype=dtype)  # full-size: no shortcut for scalars can apply
         expected.grad = expected.grad * factor if kind == "multiplier" else expected.grad / factor
     kernel = make_kernel(kernel_name, allocate)
-    kernel.update(rule, cut(scaled, random_cuts(6)), group, make_scaling(factors, dtype))
-    kernel.update(rule, cut(expected, random_cuts(6)), group, GradScaling())
+    kernel.update(rule, cut(scaled, random_cuts(6), group), make_scaling(factors, dtype))
+    kernel.update(rule, cut(expected, random_cuts(6), group), GradScaling())
     assert same_bits(scaled.results(), expected.results())
 
 
@@ -256,11 +273,12 @@ def test_sgd_ranges_with_different_first_steps_share_an_update(dampening: float)
     rule, group = RULES["sgd"], make_group("sgd", {"momentum": 0.9, "dampening": dampening})
     whole = problem_for(rule, group, 2)
     parts = whole.clone()
-    ranges = cut(parts, [0, 640, 1280, NUMEL])
-    ranges.first = [True, False, True]
-    ranges.steps = [torch.tensor(1.0), torch.tensor(5.0), torch.tensor(1.0)]
+    ranges = cut(parts, [0, 640, 1280, NUMEL], group)
+    ranges.ranges[0].first = [True, False, True]
+    ranges.ranges[0].steps = [torch.tensor(1.0), torch.tensor(5.0), torch.tensor(1.0)]
+    assert ranges.direct(ranges.ranges[0], rule.state_names(group)) is not None
     with OperationCounter() as counter:
-        TorchFusedKernel().update(rule, ranges, group, GradScaling())
+        TorchFusedKernel().update(rule, ranges, GradScaling())
     assert counter.operations == ["aten._fused_sgd_.default"] * 2
     expected = torch.where(
         (torch.arange(NUMEL) < 640) | (torch.arange(NUMEL) >= 1280),
@@ -277,10 +295,10 @@ def test_sgd_reads_the_step_on_the_cpu_when_the_host_was_not_told(kernel_name: s
         told = problem_for(rule, group, count)
         untold = told.clone()
         kernel = make_kernel(kernel_name, allocate)
-        kernel.update(rule, cut(told, [0, NUMEL]), group, GradScaling())
-        ranges = cut(untold, [0, NUMEL])
-        ranges.first = [None]
-        kernel.update(rule, ranges, group, GradScaling())
+        kernel.update(rule, cut(told, [0, NUMEL], group), GradScaling())
+        ranges = cut(untold, [0, NUMEL], group, first=None)
+        ranges.ranges[0].first = [None]
+        kernel.update(rule, ranges, GradScaling())
         assert same_bits(told.results(), untold.results())
 
 
@@ -288,10 +306,11 @@ def test_sgd_reads_the_step_on_the_cpu_when_the_host_was_not_told(kernel_name: s
 def test_torch_fused_makes_one_call(name: str, options: Options) -> None:
     rule, group = RULES[name], make_group(name, options)
     problem = problem_for(rule, group, 2)
-    ranges = cut(problem, random_cuts(7))
+    ranges = cut(problem, random_cuts(7), group)
     scaling = GradScaling(num_ranks=torch.tensor(3.0))
+    assert ranges.direct(ranges.ranges[0], rule.state_names(group)) is not None
     with OperationCounter() as counter:
-        TorchFusedKernel().update(rule, ranges, group, scaling)
+        TorchFusedKernel().update(rule, ranges, scaling)
     assert len(counter.operations) == 1
     assert "_fused_" in counter.operations[0]
 
@@ -302,36 +321,35 @@ def test_no_ranges_and_empty_ranges_are_updates_of_nothing(kernel_name: str) -> 
     for name in FUSED_RULES:
         rule, group = RULES[name], make_group(name, OPTIONS_TO_RUN[name])
         problem = problem_for(rule, group, 2)
-        kernel.update(rule, cut(problem, [0]), group, GradScaling(num_ranks=torch.tensor(2.0)))
-        kernel.update(rule, cut(problem, [64, 64]), group, GradScaling(num_ranks=torch.tensor(2.0)))
+        kernel.update(rule, cut(problem, [0], group), GradScaling(num_ranks=torch.tensor(2.0)))
+        kernel.update(rule, cut(problem, [64, 64], group), GradScaling(num_ranks=torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("factors", SCALINGS.values(), ids=SCALINGS.keys())
 @EVERY_KERNEL_AND_RULE
 def test_steady_state_allocates_nothing(kernel_name: str, name: str, factors: list[tuple[str, float]]) -> None:
     rule, group = RULES[name], make_group(name, OPTIONS_TO_RUN[name])
-    ranges = cut(problem_for(rule, group, 2), random_cuts(8))
+    ranges = cut(problem_for(rule, group, 2), random_cuts(8), group)
     scaling = make_scaling(factors, torch.float32)
     scaling.found_inf = torch.zeros(1)
     kernel = make_kernel(kernel_name, allocate)
-    kernel.update(rule, ranges, group, scaling)
+    kernel.update(rule, ranges, scaling)
     with OperationCounter() as counter:
-        kernel.update(rule, ranges, group, scaling)
+        kernel.update(rule, ranges, scaling)
     assert counter.operations
     assert counter.allocating == []
 
 
-def meta_ranges(rule: Rule, group: Options, *, first: bool | None = None) -> UpdateRanges:
-    def make() -> list[Tensor]:
-        return [torch.empty(64, device="meta"), torch.empty(128, device="meta")]
-
-    return UpdateRanges(
-        weights=make(),
-        grads=make(),
-        states={key: make() for key in rule.state_names(group)},
-        steps=[torch.empty((), device="meta") for _ in range(2)],
-        first=[first, first],
+def meta_ranges(rule: Rule, group: Options) -> ShardUpdate:
+    problem = Problem(
+        weight=torch.empty(192, device="meta"),
+        grad=torch.empty(192, device="meta"),
+        state={key: torch.empty(192, device="meta") for key in rule.state_names(group)},
+        count=2,
     )
+    update = cut(problem, [0, 64, 192], group)
+    update.ranges[0].first = [None, None]
+    return update
 
 
 @pytest.mark.parametrize(
@@ -345,17 +363,17 @@ def test_selected_kernel_runs_on_meta_without_a_host_sync(name: str, options: Op
     scalar = torch.empty((), device="meta")
     scaling = GradScaling(num_ranks=scalar, multipliers=[scalar, scalar], loss_scale=scalar, found_inf=scalar)
     # A read of a meta tensor raises; the CPU lr may be read.
-    make_kernel(choice.name, allocate).update(rule, meta_ranges(rule, group), group, scaling)
+    make_kernel(choice.name, allocate).update(rule, meta_ranges(rule, group), scaling)
     # Without multipliers torch_fused hands the divisor to the operation.
     scaling = GradScaling(num_ranks=scalar)
-    make_kernel(choice.name, allocate).update(rule, meta_ranges(rule, group), group, scaling)
+    make_kernel(choice.name, allocate).update(rule, meta_ranges(rule, group), scaling)
 
 
 def test_reference_brings_a_cpu_divisor_to_the_device() -> None:
     rule, group = RULES["sgd"], make_group("sgd", {})
     with OperationCounter() as counter:
         ranges = meta_ranges(rule, group)
-        ReferenceKernel(allocate).update(rule, ranges, group, GradScaling(num_ranks=torch.tensor(3.0)))
+        ReferenceKernel(allocate).update(rule, ranges, GradScaling(num_ranks=torch.tensor(3.0)))
     assert "aten.fill_.Scalar" in counter.operations
 
 
@@ -363,11 +381,11 @@ def test_reference_brings_a_cpu_divisor_to_the_device() -> None:
     ("change", "message"),
     [
         ({"steps": []}, "expected 2 steps but got 0"),
-        ({"grads": [torch.empty(64, device="meta")] * 2}, r"grads\[1\]: expected .* shape \(128,\).* got \(64,\)"),
-        ({"weights": [torch.empty(65, device="meta")] * 2}, "multiple of 64"),
-        ({"states": {}}, "expected states"),
-        ({"steps": [torch.empty((), device="meta", dtype=torch.float64)] * 2}, "torch.float32.* got .*torch.float64"),
-        ({"grads": [torch.empty(64), torch.empty(128)]}, "on meta but got .* on cpu"),
+        ({"grad": torch.empty(128, device="meta")}, r"expected grad of shape \(192,\) but got \(128,\)"),
+        ({"spans": [(0, 64), (64, 129)]}, r"multiple of 64 but got \[64, 129\)"),
+        ({"states": {}}, "are missing"),
+        ({"steps": [torch.empty((), device="meta", dtype=torch.float64)] * 2}, "torch.float32 .* got .*torch.float64"),
+        ({"grad": torch.empty(192)}, "on cpu but got .* on meta"),
     ],
     ids=["missing-steps", "grad-shape", "odd-numel", "missing-states", "step-dtype", "device"],
 )
@@ -376,18 +394,18 @@ def test_meta_refuses_ranges_that_do_not_belong_together(kernel_name: str, chang
     rule, group = RULES["adamw"], make_group("adamw", {})
     ranges = meta_ranges(rule, group)
     for field, value in change.items():
-        setattr(ranges, field, value)
+        setattr(ranges.ranges[0] if field in ("steps", "spans") else ranges, field, value)
     with pytest.raises(UsageError, match=message):
-        make_kernel(kernel_name, allocate).update(rule, ranges, group, GradScaling())
+        make_kernel(kernel_name, allocate).update(rule, ranges, GradScaling())
 
 
 def test_torch_fused_refuses_what_torch_does_not_fuse() -> None:
     rule, group = RULES["rmsprop"], make_group("rmsprop", {})
     with pytest.raises(UsageError, match="rmsprop, which torch does not fuse; use the reference kernel"):
-        TorchFusedKernel().update(rule, meta_ranges(rule, group), group, GradScaling())
+        TorchFusedKernel().update(rule, meta_ranges(rule, group), GradScaling())
     rule, group = RULES["sgd"], make_group("sgd", {"momentum": 0.9, "dampening": 0.1})
     with pytest.raises(UsageError, match="expected dampening 0 where only meta knows"):
-        TorchFusedKernel().update(rule, meta_ranges(rule, group), group, GradScaling())
+        TorchFusedKernel().update(rule, meta_ranges(rule, group), GradScaling())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -387,23 +387,24 @@ def test_kernel_report_says_which_kernel_and_why() -> None:
     groups = [{"params": [params[0]]}, {"params": [params[1]], "weight_decay": 0.0}]
     report = distadam.AdamW(groups).kernel_report()
     assert report.rows == (
-        (0, 1, "torch_fused", "fp32 master", "torch fuses adamw on cpu"),
-        (1, 0, "torch_fused", "own", "torch fuses adamw on cpu"),
+        (0, 1, "torch_fused", "fp32 master", "fp32", "torch fuses adamw on cpu"),
+        (1, 0, "torch_fused", "own", "fp32", "torch fuses adamw on cpu"),
     )
     assert report.as_dict()[1] == {
         "bucket": 1,
         "group": 0,
         "kernel": "torch_fused",
         "weights": "own",
+        "moments": "fp32",
         "reason": "torch fuses adamw on cpu",
         "reduce": "none",
         "reason_of_reduce": "one rank",
     }
     json.dumps(report.as_dict())
     assert str(report).splitlines() == [
-        "bucket  group  kernel       weights      reason",
-        "     0      1  torch_fused  fp32 master  torch fuses adamw on cpu",
-        "     1      0  torch_fused  own          torch fuses adamw on cpu",
+        "bucket  group  kernel       weights      moments  reason",
+        "     0      1  torch_fused  fp32 master  fp32     torch fuses adamw on cpu",
+        "     1      0  torch_fused  own          fp32     torch fuses adamw on cpu",
         "reduce: none (one rank)",
     ]
 
@@ -415,7 +416,7 @@ def test_kernel_report_has_a_row_for_each_bucket_and_group() -> None:
     assert len(expected) == 4
     rows = optimizer.kernel_report().rows
     assert [row[:2] for row in rows] == expected
-    assert {row[2:] for row in rows} == {("reference", "own", "torch has no fused RMSprop")}
+    assert {row[2:] for row in rows} == {("reference", "own", "fp32", "torch has no fused RMSprop")}
 
 
 def test_kernel_report_says_what_the_environment_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 import distadam
 from distadam import CommPolicy, PrecisionPolicy
 from distadam.engine import stepper
+from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.reducer import Reducer
 from distadam.engine.rounds import BucketGradient
-from distadam.precision.weights import MasterWeights
+from distadam.precision import MasterWeights, Temporary
 from tests.ranks import run_ranks
 from tests.reference_optimizers import ORACLES, Problem, make_group, worst_error
 from tests.unsharded import (
@@ -359,6 +360,12 @@ def test_clipped_update_has_the_same_bits_given_the_same_factor(by_factor: bool)
 # Padding (clause 7) ---------------------------------------------------------------------------------------------------
 
 
+def _numbers(flat: FlatBucket) -> dict[str, Tensor]:
+    """What a shard stores, as numbers."""
+    numbers = {name: moment.read(0, flat.bucket.shard_numel) for name, moment in flat.states.items()}
+    return numbers | {name: part.tensor for name, part in flat.stored().items()}
+
+
 def _train_without_eps(rank: int, num_ranks: int, rules: Sequence[str]) -> list[str]:
     """With eps=0 an update of padding is 0 / 0. No gradient is zero; one parameter never has one."""
     found: list[str] = []
@@ -383,9 +390,8 @@ def _train_without_eps(rank: int, num_ranks: int, rules: Sequence[str]) -> list[
                             found.append(f"rank {rank}, {rule} {options} {bucket}: grad_norm is {norm}")
                     local: dict[str, Tensor] = {f"parameter {i}": p.detach() for i, p in enumerate(params)}
                     for flat in optimizer._flats:
-                        local |= {f"{name} of bucket {flat.bucket.index}": t for name, t in flat.states.items()}
+                        local |= {f"{name} of bucket {flat.bucket.index}": t for name, t in _numbers(flat).items()}
                         local[f"flat parameters of bucket {flat.bucket.index}"] = flat.param_flat
-                        local[f"weights of bucket {flat.bucket.index}"] = flat.weights.load()
                     bad = [name for name, tensor in local.items() if not bool(torch.isfinite(tensor).all())]
                     if bad:
                         found.append(f"rank {rank}, {rule} {options} {bucket}: {bad}")
@@ -408,10 +414,8 @@ def _not_divided(self: BucketGradient) -> None:
     return None
 
 
-def _truncated(self: MasterWeights, spans: list[tuple[int, int]]) -> None:
-    for start, end in spans:
-        bits = self._master[start:end].view(torch.int32).bitwise_and(-65536)
-        self._param_shard[start:end].copy_(bits.view(torch.float32))
+def _truncated(self: MasterWeights, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    self.param_shard[start:end].copy_(value.view(torch.int32).bitwise_and(-65536).view(torch.float32))
 
 
 def _everywhere(self: Reducer, index: int) -> bytes:

@@ -155,7 +155,7 @@ def _stored(manifest: Manifest, entry: ParamEntry) -> list[str]:
     return [
         key.removeprefix(prefix)
         for key in manifest.tensors
-        if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in entry.states
+        if key.startswith(prefix) and key.removeprefix(prefix).removesuffix("_scale") in entry.states
     ]
 
 
@@ -197,7 +197,11 @@ def _to_safetensors(saved: Saved, target: str, masters: bool, progress: Progress
 
     def values() -> Iterator[Tensor]:
         for entry in saved.names.values():
-            whole = saved.weight(entry, progress) if is_whole(entry) else saved.whole(weight_key(entry.name), progress)
+            whole = (
+                saved.weight(entry, progress=progress)
+                if is_whole(entry)
+                else saved.whole(weight_key(entry.name), progress)
+            )
             yield whole.as_strided(entry.shape, entry.strides)
 
     with _replacing(target) as temporary:
@@ -240,7 +244,7 @@ def _torch_entry(saved: Saved, entry: ParamEntry | None, folder: str, progress: 
         return {}
     result = {} if saved.manifest.rule in _STEPLESS else {"step": torch.tensor(entry.step)}
     for name in entry.states:
-        value = saved.decoded(entry, name, progress)
+        value = saved.decoded(entry, name, progress=progress)
         if value.numel():
             mapped = torch.from_file(
                 os.path.join(folder, secrets.token_hex(8)), shared=True, size=value.numel(), dtype=value.dtype

@@ -16,6 +16,7 @@ from distadam.engine.access import Access
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.state import state_names
 from distadam.layout.buckets import Piece
+from distadam.precision import StoredTensor
 
 COMMON = "common"
 """Key of what all ranks share and is no parameter: groups, entries without a place, the model's other entries."""
@@ -34,29 +35,6 @@ def weight_key(name: str) -> str:
 def state_key(name: str, stored: str) -> str:
     """Return the key of a tensor of a parameter's state."""
     return f"optim.state.{name}.{stored}"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stored tensor of one bucket's shard; element k stands for elements [k * block, (k + 1) * block)."""
-
-    tensor: Tensor
-    block: int = 1
-
-
-def weight_parts(flat: FlatBucket) -> dict[str, Part]:
-    """Return what is stored for a shard's weights beside the parameters."""
-    return {} if flat.weights.name == "own" else {"master": Part(flat.weights.load())}
-
-
-def moment_parts(flat: FlatBucket, name: str) -> dict[str, Part]:
-    """Return what is stored for one of a shard's states."""
-    return {name: Part(flat.state(name))}
-
-
-def moment_storage(flat: FlatBucket, name: str) -> str:
-    """Return the name of a state's storage."""
-    return dtype_name(flat.state(name).dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +77,24 @@ class Placed:
         """Elements."""
         return math.prod(self.view[0])
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
+    def parts(self) -> Iterator[tuple[str, StoredTensor]]:
         """Yield (key, this rank's shard-sized tensor) of everything stored."""
-        yield weight_key(self.name), Part(self.flat.param_shard)
-        for stored, part in weight_parts(self.flat).items():
+        yield weight_key(self.name), StoredTensor(self.flat.param_shard)
+        for stored, part in self.flat.weights.stored().items():
             yield state_key(self.name, stored), part
         for state in self.states:
-            for stored, part in moment_parts(self.flat, state).items():
-                yield state_key(self.name, stored), part
+            for suffix, part in self.flat.state(state).stored().items():
+                yield state_key(self.name, state + suffix), part
 
-    def entry(self, key: str, part: Part) -> TensorEntry:
+    def entry(self, key: str, part: StoredTensor) -> TensorEntry:
         """Return the global tensor that a part belongs to."""
         return TensorEntry(key, dtype_name(part.tensor.dtype), -(-self.numel // part.block), part.block)
 
-    def cut(self, part: Part) -> tuple[int, Tensor]:
+    def cut(self, part: StoredTensor) -> tuple[int, Tensor]:
         """Return the first global element of this rank's part of a tensor, and the part; empty where it has none."""
         piece = self.piece
-        if piece is None:
-            return 0, part.tensor[:0]
-        block = part.block
-        return piece.param_start // block, part.tensor[piece.start // block : -(-piece.end // block)]
+        start = 0 if piece is None else piece.param_start // part.block
+        return start, self.flat.slot_part(part, self.slot)
 
     def describe(self) -> ParamEntry:
         """Return the manifest's entry."""
@@ -131,7 +107,7 @@ class Placed:
             placed=True,
             step=self.step,
             weights=self.flat.weights.name,
-            states={state: moment_storage(self.flat, state) for state in self.states},
+            states={state: self.flat.state(state).name for state in self.states},
         )
 
 

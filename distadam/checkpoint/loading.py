@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Reading:
     saved: Saved
     live: Live
     access: Access
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    writes: convert_storage.Writes = field(default_factory=list)
     unplaced: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +142,7 @@ class Reading:
         """Read this rank's part of a parameter and its states."""
         kept = self.common["unplaced"].get(entry.name, {})
         step = entry.step if entry.placed else states.step_of(kept, self.access.rule)
-        self.copies.append((placed.flat.steps[placed.slot], torch.tensor(step)))
+        self.writes.append(partial(placed.flat.steps[placed.slot].fill_, step))
         names = self._names_of(placed, step)
         for name in names:
             if step and name not in entry.states and name not in kept:
@@ -151,18 +152,18 @@ class Reading:
                 )
         if placed.piece is None:
             return
-        self.copies += convert_storage.weights(self.saved, placed, entry)
+        self.writes += convert_storage.weights(self.saved, placed, entry)
         for name in names:
             if name in kept:
                 whole = placed.flat.flatten(kept[name], placed.slot)
-                self.copies += convert_storage.whole_moment(placed, name, whole)
+                self.writes += convert_storage.whole_moment(placed, name, whole)
             else:
-                self.copies += convert_storage.moment(self.saved, placed, entry, name)
+                self.writes += convert_storage.moment(self.saved, placed, entry, name)
 
     def _read_other(self, name: str, tensor: Tensor, entry: ParamEntry) -> None:
         """Read a tensor that this optimizer does not train, and the state that it had where it was trained."""
         whole = self.saved.whole(weight_key(entry.name)).as_strided(entry.shape, entry.strides)
-        self.copies.append((tensor, whole))
+        self.writes.append(partial(tensor.copy_, whole))
         param = next((param for param, known in self.live.names.items() if known == name), None)
         if param is None:
             return
@@ -182,11 +183,12 @@ class Reading:
         access.state.clear()
         access.state.update(self.unplaced)
         for flat in access.flats:
-            for tensor in flat.states.values():
-                tensor.zero_()
-        for target, value in self.copies:
-            target.copy_(value)
-        self.copies.clear()
+            for moment in flat.states.values():
+                for part in moment.stored().values():
+                    part.tensor.zero_()
+        for write in self.writes:
+            write()
+        self.writes.clear()
         for flat in access.flats:
             what = f"parameters of bucket {flat.bucket.index}"
             access.collectives.all_gather(flat.param_flat, flat.param_shard, what).wait()

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from distadam.checkpoint import extra as extras
 from distadam.checkpoint.files import Progress, Slice, dtype_of, read_slices
-from distadam.checkpoint.live import state_key
+from distadam.checkpoint.live import state_key, weight_key
 from distadam.checkpoint.manifest import Manifest, ParamEntry, check_sizes, read_manifest
 from distadam.checkpoint.store import Store
 from distadam.errors import LayoutMismatch
+from distadam.precision import blockwise
+from distadam.precision.counters import BLOCK
+from distadam.precision.moments import UNSIGNED
+from distadam.precision.rounding import join
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 
@@ -58,32 +62,67 @@ class Saved:
         return cls(store, manifest, names)
 
     def whole(self, key: str, progress: Progress | None = None) -> Tensor:
-        """Read a whole tensor, 1-D."""
+        """Read a whole stored tensor, 1-D."""
+        return self.elements(key, 0, self.manifest.tensors[key].numel, progress)
+
+    def decoded(
+        self, entry: ParamEntry, name: str, start: int = 0, end: int | None = None, progress: Progress | None = None
+    ) -> Tensor:
+        """Return elements of a state in fp32 (fp64 stays), 1-D, in the order in which its parameter lay in memory."""
+        key = state_key(entry.name, name)
+        end = self.manifest.tensors[key].numel if end is None else end
+        if entry.states[name] == "8bit":
+            return self._from_blocks(key, name, start, end, progress)
+        return _wide(self.elements(key, start, end, progress))
+
+    def _from_blocks(self, key: str, name: str, start: int, end: int, progress: Progress | None) -> Tensor:
+        first, last = start // BLOCK, -(-end // BLOCK)
+        codes = torch.zeros((last - first) * BLOCK, dtype=torch.uint8)
+        stop = min(last * BLOCK, self.manifest.tensors[key].numel)
+        codes[: stop - first * BLOCK] = self.elements(key, first * BLOCK, stop, progress)
+        scales = self.elements(f"{key}_scale", first, last, progress)
+        out = torch.empty(codes.numel())
+        levels = blockwise.UNSIGNED_LEVELS if name in UNSIGNED else blockwise.SIGNED_LEVELS
+        blockwise.decode(codes, scales, levels, out, _fresh)
+        return out[start - first * BLOCK : end - first * BLOCK]
+
+    def weight(
+        self, entry: ParamEntry, start: int = 0, end: int | None = None, progress: Progress | None = None
+    ) -> Tensor:
+        """Return elements of a parameter's weight in full precision, 1-D, in the order in which it lay in memory.
+
+        From the fp32 master or the split one where there is one; never rebuilt from a 16-bit parameter beside them.
+        """
+        own = weight_key(entry.name)
+        end = self.manifest.tensors[own].numel if end is None else end
+        if entry.weights == "fp32 master":
+            return self.elements(state_key(entry.name, "master"), start, end, progress)
+        value = self.elements(own, start, end, progress)
+        if entry.weights != "split":
+            return _wide(value)
+        remainder = self.elements(state_key(entry.name, "remainder"), start, end, progress)
+        out = torch.empty(end - start)
+        join(value, remainder, out, _fresh)
+        return out
+
+    def elements(self, key: str, start: int, end: int, progress: Progress | None = None) -> Tensor:
+        """Read elements [start, end) of a stored tensor."""
         entry = self.manifest.tensors[key]
-        tensor = torch.empty(entry.numel, dtype=dtype_of(entry.dtype))
-        read_slices(self.store, self.manifest, [Slice(entry, 0, tensor)], progress)
+        tensor = torch.empty(end - start, dtype=dtype_of(entry.dtype))
+        read_slices(self.store, self.manifest, [Slice(entry, start, tensor)], progress)
         return tensor
-
-    def decoded(self, entry: ParamEntry, name: str, progress: Progress | None = None) -> Tensor:
-        """Return a whole state in fp32 (fp64 stays), 1-D, in the order in which its parameter lay in memory."""
-        value = self.whole(state_key(entry.name, name), progress)
-        return value if value.dtype == torch.float64 else value.float()
-
-    def weight(self, entry: ParamEntry, progress: Progress | None = None) -> Tensor:
-        """Return a parameter's whole fp32 master, 1-D, in the order in which it lay in memory."""
-        return self.whole(state_key(entry.name, "master"), progress)
 
     def blob(self, key: str) -> Any:
         """Return the values behind a tensor of bytes."""
         return extras.unpack(self.whole(key).numpy().tobytes())
 
-    def read(self, wanted: Mapping[str, tuple[int, Tensor]]) -> None:
-        """Fill tensors, by key, with elements from a first one on."""
-        read_slices(
-            self.store,
-            self.manifest,
-            [Slice(self.manifest.tensors[key], start, tensor) for key, (start, tensor) in wanted.items()],
-        )
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _fresh(index: int, numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype)
 
 
 def renamed(name: str, rename: Rename) -> str:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from distadam.engine.ledger import Ledger
 from distadam.layout import Bucket
-from distadam.precision import compute_dtype, select_weights
+from distadam.precision import (
+    Moment,
+    Run,
+    StorageChoice,
+    StoredTensor,
+    Weights,
+    compute_dtype,
+    make_moment,
+    make_weights,
+    start_of,
+)
 
 TORCH_DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -30,10 +41,19 @@ class FlatBucket:
         names: their names, by slot.
         shard: this rank's shard.
         ledger: allocates.
+        choice: how weights and states are stored; all parameters of a bucket agree.
+        seed: of stochastic rounding.
     """
 
     def __init__(
-        self, bucket: Bucket, params: Sequence[Tensor], names: Sequence[str], shard: int, ledger: Ledger
+        self,
+        bucket: Bucket,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        shard: int,
+        ledger: Ledger,
+        choice: StorageChoice,
+        seed: int,
     ) -> None:
         self.bucket = bucket
         self.params = list(params)
@@ -48,8 +68,10 @@ class FlatBucket:
         self.param_shard = self.param_flat[self.shard_start : self.shard_start + bucket.shard_numel]
         self.pieces = bucket.pieces(shard)
         self.piece_of_slot = {piece.slot: piece for piece in self.pieces}
-        self.weights = select_weights(self.param_shard, ledger.empty)
-        self.states: dict[str, Tensor] = {}
+        self.choice = choice
+        self._seed = seed
+        self.weights: Weights = make_weights(choice, self.param_shard, self.runs, seed, ledger.empty)
+        self.states: dict[str, Moment] = {}
         self.steps = ledger.zeros("steps", len(self.params), torch.float32, self.device)
         self.steps_version = self.steps._version
         # Slots with one number have been updated in the same steps, so their step counts are equal on the device.
@@ -69,18 +91,50 @@ class FlatBucket:
                 view.copy_(self.params[slot])
                 self.params[slot].data = view
 
-    def state(self, name: str) -> Tensor:
-        """Return this rank's shard of a state, zeros when new."""
-        tensor = self.states.get(name)
-        if tensor is None:
-            tensor = self._ledger.zeros("moments", self.bucket.shard_numel, self.compute_dtype, self.device)
-            self.states[name] = tensor
-        return tensor
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The shard's parameters with the identities of their elements; see [Note: random bits]."""
+        return tuple(
+            Run(piece.start, piece.padded_end, start_of(self.names[piece.slot]) + piece.param_start)
+            for piece in self.pieces
+        )
+
+    def reload(self, slots: Sequence[int]) -> None:
+        """Let the weights follow parameters after those of ``slots`` may have been written by somebody else."""
+        pieces = [self.piece_of_slot[slot] for slot in slots if slot in self.piece_of_slot]
+        self.weights.reload([(piece.start, piece.end) for piece in pieces])
+
+    def state(self, name: str) -> Moment:
+        """Return the storage of this rank's shard of a state, zeros when new."""
+        moment = self.states.get(name)
+        if moment is None:
+            moment = make_moment(self.choice, name, self.param_shard, self.runs, self._seed, self._ledger.empty)
+            self.states[name] = moment
+        return moment
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Return everything of this shard that lies in memory between steps beside parameters and step counts.
+
+        Returns:
+            By name: "master" (fp32) or "remainder" (int16), and each state by torch's name ("exp_avg"), in 8 bits its
+            codes, with the scales of its blocks beside it ("exp_avg_scale").
+        """
+        parts = dict(self.weights.stored())
+        for name, moment in self.states.items():
+            parts |= {f"{name}{suffix}": part for suffix, part in moment.stored().items()}
+        return parts
 
     def slot_shard(self, tensor: Tensor, slot: int) -> Tensor:
         """Return the 1-D part of a shard-sized tensor that belongs to a slot; empty when another rank owns it."""
         piece = self.piece_of_slot.get(slot)
         return tensor[:0] if piece is None else tensor[piece.start : piece.end]
+
+    def slot_part(self, part: StoredTensor, slot: int) -> Tensor:
+        """Return the 1-D part of a stored tensor that belongs to a slot; empty when another rank owns it."""
+        piece = self.piece_of_slot.get(slot)
+        if piece is None:
+            return part.tensor[:0]
+        return part.tensor[piece.start // part.block : -(-piece.end // part.block)]
 
     def flatten(self, value: Tensor, slot: int) -> Tensor:
         """Return ``value`` (the parameter's shape) as 1-D in the order in which the parameter lies in memory."""

@@ -15,6 +15,8 @@ from distadam.comm import DistributedDataParallel
 from distadam.engine.flat_bucket import TORCH_DTYPES, dense_strides
 from distadam.errors import ConfigError
 from distadam.layout import ParamSpec
+from distadam.policies import PrecisionPolicy
+from distadam.precision import StorageChoice, check_rule, choose
 
 
 def param_names(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
@@ -128,8 +130,28 @@ def _share_elements(first: tuple[int, int, Tensor], second: tuple[int, int, Tens
     return False
 
 
+def storage_choices(
+    groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], precision: PrecisionPolicy, rule: str
+) -> dict[Tensor, StorageChoice]:
+    """Return how each parameter's weights and states are stored; frozen ones of other dtypes have none.
+
+    Raises:
+        ConfigError: a parameter's dtype, or the rule, cannot have what is asked for.
+    """
+    choices = {}
+    for group in groups:
+        for param in group["params"]:
+            if param.dtype in TORCH_DTYPES.values():
+                choices[param] = choose(precision, group, param.dtype, names[param])
+                check_rule(rule, group, choices[param].moments, names[param])
+    return choices
+
+
 def param_specs(
-    params: Iterable[Tensor], groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]
+    params: Iterable[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Tensor, str],
+    choices: Mapping[Tensor, StorageChoice],
 ) -> list[ParamSpec]:
     """Return what the layout needs to know, in the order of ``params``."""
     group_of = {param: index for index, group in enumerate(groups) for param in group["params"]}
@@ -142,6 +164,8 @@ def param_specs(
             itemsize=param.element_size(),
             group=group_of[param],
             strides=dense_strides(param),
+            storage=choices[param].key,
+            align=choices[param].align,
         )
         for param in params
     ]

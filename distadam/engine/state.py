@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map_only
 from distadam.comm import Collectives
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.errors import CheckpointError, ConfigError, LayoutMismatch
+from distadam.precision import GROUP_KEYS
 from distadam.rules import Adam, Rule
 
-FORMAT = 1
+FORMAT = 2
 KEY = "distadam"
 
 
@@ -29,7 +30,8 @@ def publish(rule: Rule, flats: Sequence[FlatBucket], groups: Sequence[Mapping[st
             if not names and flat.states and flat.device.type != "meta":
                 names = state_names(rule, group, float(flat.steps[slot]))
             for name in names:
-                entry[name] = flat.slot_shard(flat.state(name), slot)
+                for suffix, part in flat.state(name).stored().items():
+                    entry[name + suffix] = flat.slot_part(part, slot)
             if entry:
                 state[param].update(entry)
 
@@ -47,14 +49,19 @@ def pack(entries: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dic
 
 
 def local_extra(flats: Sequence[FlatBucket], layout_json: str, rank: int) -> dict[str, Any]:
-    """Return what a local state_dict needs beyond torch's keys: identity, masters and step counts by bucket."""
+    """Return what a local state_dict needs beyond torch's keys: identity, masters (or remainders) and step counts."""
     return {
         "format": FORMAT,
         "rank": rank,
         "layout": layout_json,
-        "masters": [flat.weights.load() if flat.weights.name != "own" else None for flat in flats],
+        "masters": [_master(flat) for flat in flats],
         "steps": [flat.steps for flat in flats],
     }
+
+
+def _master(flat: FlatBucket) -> Tensor | None:
+    """Return what the weights keep beside the parameters: fp32 masters, remainders of split ones, or nothing."""
+    return next((part.tensor for part in flat.weights.stored().values()), None)
 
 
 def check_local(extra: Mapping[str, Any], layout_json: str, rank: int, num_ranks: int) -> None:
@@ -173,11 +180,14 @@ def load_groups(
     """Take hyper-parameters over in place: ``param_groups`` keeps its identity."""
     for group, other in zip(groups, saved["param_groups"], strict=True):
         values = copy.deepcopy({key: value for key, value in other.items() if key != "params"})
-        kept = {key: group[key] for key in ("params", "param_names") if key in group}
+        kept = {key: group[key] for key in ("params", "param_names", *GROUP_KEYS) if key in group}
         missing = {key: _FLAGS[key] for key in defaults if key not in values}
         group.clear()
         group.update(kept | values | missing)
         group["params"] = kept["params"]
+        for key in GROUP_KEYS:  # how numbers are stored is this optimizer's choice, whoever saved them
+            group.pop(key, None)
+        group.update({key: kept[key] for key in GROUP_KEYS if key in kept})
         if isinstance(rule, Adam):
             # As in torch: AdamW stays AdamW when it loads Adam's state.
             group["decoupled_weight_decay"] = rule.decouples_weight_decay(group)
@@ -191,16 +201,18 @@ def load_local(
     for flat, master, steps in zip(flats, saved[KEY]["masters"], saved[KEY]["steps"], strict=True):
         flat.steps.copy_(steps)
         counts = flat.steps.tolist()
-        if master is not None:
-            flat.weights.load().copy_(master)
+        kept = _master(flat)
+        if kept is not None:
+            kept.copy_(master)
         for slot, param in enumerate(flat.params):
             entry = saved["state"].get(numbers[param], {})
             for name in state_names(rule, groups[flat.bucket.slots[slot].group], counts[slot]):
-                view = flat.slot_shard(flat.state(name), slot)
-                if name in entry:
-                    view.copy_(entry[name])
-                else:
-                    view.zero_()
+                for suffix, part in flat.state(name).stored().items():
+                    view = flat.slot_part(part, slot)
+                    if name + suffix in entry:
+                        view.copy_(entry[name + suffix])
+                    else:
+                        view.zero_()
 
 
 def load_full(
@@ -220,13 +232,14 @@ def _load_slot(
     flat.steps[slot] = step
     piece = flat.piece_of_slot.get(slot)
     for name in state_names(rule, groups[flat.bucket.slots[slot].group], step):
-        view = flat.slot_shard(flat.state(name), slot)
-        value = entry.get(name)
-        if value is None or piece is None:
-            view.zero_()
+        moment, value = flat.state(name), entry.get(name)
+        if piece is None:
+            continue
+        if value is None:
+            moment.write(piece.start, piece.end, torch.zeros(piece.end - piece.start, device=flat.device))
         else:
             whole = flat.flatten(value.detach(), slot)
-            view.copy_(whole[piece.param_start : piece.param_start + piece.end - piece.start])
+            moment.write(piece.start, piece.end, whole[piece.param_start : piece.param_start + piece.end - piece.start])
 
 
 def load_unplaced(
@@ -290,7 +303,7 @@ def full_state(
             if keep and steps[slot] > 0 and (rule.has_step or by_slot[slot]):
                 state[param] = {"step": torch.tensor(steps[slot])} if rule.has_step else {}
         for name in dict.fromkeys(name for names in by_slot for name in names):
-            shard = flat.state(name)
+            shard = flat.state(name).read(0, flat.bucket.shard_numel)
             whole = torch.empty(flat.bucket.numel, dtype=shard.dtype, device=shard.device)
             collectives.all_gather(whole, shard, f"{name} of bucket {flat.bucket.index}").wait()
             if not keep:

@@ -14,7 +14,7 @@ from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.ledger import Ledger
 from distadam.engine.rounds import BucketGradient
 from distadam.engine.state import renew_history
-from distadam.kernels import GradScaling, Kernel, UpdateRanges, make_kernel, select
+from distadam.kernels import Choice, GradScaling, GroupRanges, Kernel, ShardUpdate, make_kernel, select
 from distadam.layout import Piece
 from distadam.layout.layout import format_table
 from distadam.rules import Rule
@@ -27,32 +27,37 @@ class KernelReport:
     """Which kernel serves which bucket and group, how their bytes travel, and why both.
 
     Args:
-        rows: (bucket, group, kernel, weights, reason).
+        rows: (bucket, group, kernel, weights, moments, reason).
         transports: by bucket: "none", "native" or "exchange", and the reason.
     """
 
-    rows: tuple[tuple[int, int, str, str, str], ...]
+    rows: tuple[tuple[int, int, str, str, str, str], ...]
     transports: tuple[tuple[str, str], ...]
 
     def as_dict(self) -> list[dict[str, object]]:
         """Return the rows as dictionaries, ready for JSON; ``reduce`` is how the bucket's bytes travel."""
-        names = ("bucket", "group", "kernel", "weights", "reason", "reduce", "reason_of_reduce")
+        names = ("bucket", "group", "kernel", "weights", "moments", "reason", "reduce", "reason_of_reduce")
         return [dict(zip(names, (*row, *self.transports[row[0]]), strict=True)) for row in self.rows]
 
     def __str__(self) -> str:
-        header = ("bucket", "group", "kernel", "weights", "reason")
-        table = format_table([header, *[tuple(map(str, row)) for row in self.rows]], left=(2, 3, 4))
+        header = ("bucket", "group", "kernel", "weights", "moments", "reason")
+        table = format_table([header, *[tuple(map(str, row)) for row in self.rows]], left=(2, 3, 4, 5))
         return "\n".join([table, *(f"reduce: {how} ({why})" for how, why in dict.fromkeys(self.transports))])
 
 
 @dataclass(slots=True)
 class _Work:
-    """What one kernel call updates: a parameter group's ranges in one shard, with one gradient tensor."""
+    """The ranges of one shard that are updated together, with one gradient tensor.
 
-    group: int
-    ranges: UpdateRanges
-    spans: list[tuple[int, int]]
-    slots: list[int]
+    Attributes:
+        parts: by parameter group.
+        calls: the kernels that serve them, each with its parts; made again when `select` answers otherwise.
+    """
+
+    grad: Tensor
+    parts: list[GroupRanges]
+    choices: list[str]
+    calls: list[tuple[Kernel, ShardUpdate]]
 
 
 class Stepper:
@@ -69,7 +74,7 @@ class Stepper:
         self._ledger = ledger
         self._streams = streams
         self._kernels: dict[str, Kernel] = {}
-        self._work: dict[tuple[int, int, bytes, int], list[_Work]] = {}
+        self._work: dict[tuple[int, int, bytes, int], _Work] = {}
         self._history_version = 0
         self._masks: dict[tuple[int, bytes], Tensor] = {}
         self._increments: dict[torch.device, Tensor] = {}
@@ -100,13 +105,12 @@ class Stepper:
             loss_scale=_on(loss_scale, flat.device),
             found_inf=_on(found_inf, flat.device),
         )
-        for work in self._work_for(flat, grad, has):
-            group = self.param_groups[work.group]
-            self._refresh(work, flat, group, found_inf)
-            self._kernel(flat, group).update(self.rule, work.ranges, group, scaling)
-            flat.weights.store(work.spans)
-            if group.get("eps") == 0:
-                _zero_padding(flat, work.slots)
+        work = self._work_for(flat, grad, has)
+        for kernel, update in self._calls(work, flat):
+            kernel.update(self.rule, update, scaling)
+        for part in work.parts:
+            if part.group.get("eps") == 0:
+                _zero_padding(flat, part.slots)
 
     def _count_steps(self, flat: FlatBucket, has: bytes, found_inf: Tensor | None) -> None:
         if flat.steps._version != flat.steps_version:  # the user wrote to optimizer.state[p]["step"]
@@ -172,45 +176,65 @@ class Stepper:
             flat.history[slot] = numbers[key]
         self._history_version += 1
 
-    def _work_for(self, flat: FlatBucket, grad: Tensor, has: bytes) -> list[_Work]:
+    def _work_for(self, flat: FlatBucket, grad: Tensor, has: bytes) -> _Work:
         key = (flat.bucket.index, id(grad), has, self._history_version)
         work = self._work.get(key)
-        if work is None or (work and work[0].ranges.grads[0].untyped_storage()._cdata != grad.untyped_storage()._cdata):
+        if work is None or work.grad.untyped_storage()._cdata != grad.untyped_storage()._cdata:
             if len(self._work) >= _MAX_CACHED * 16:
                 self._work.clear()
             work = self._work[key] = self._make_work(flat, grad, has)
         return work
 
-    def _make_work(self, flat: FlatBucket, grad: Tensor, has: bytes) -> list[_Work]:
-        weight = flat.weights.load()
-        result = []
+    def _make_work(self, flat: FlatBucket, grad: Tensor, has: bytes) -> _Work:
+        parts = []
         for group_range in flat.bucket.ranges:
             pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
             runs = list(_runs(flat, pieces, has))
             if not runs:
                 continue
-            spans = [(run[0].start, run[-1].padded_end) for run in runs]
             slots = [run[0].slot for run in runs]
-            ranges = UpdateRanges(
-                weights=[weight[start:end] for start, end in spans],
-                grads=[grad[start:end] for start, end in spans],
-                states={},
+            part = GroupRanges(
+                group=self.param_groups[group_range.group],
+                spans=[(run[0].start, run[-1].padded_end) for run in runs],
                 steps=[flat.steps[slot] for slot in slots],
-                first=[None] * len(spans),
+                slots=slots,
+                first=[None] * len(runs),
+                padding=[
+                    (piece.end, piece.padded_end) for run in runs for piece in run if piece.end < piece.padded_end
+                ],
             )
-            result.append(_Work(group_range.group, ranges, spans, slots))
-        return result
+            parts.append(part)
+        return _Work(grad, parts, [], [])
 
-    def _refresh(self, work: _Work, flat: FlatBucket, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
-        names = self.rule.state_names(group)
-        if tuple(work.ranges.states) != names:
-            work.ranges.states = {name: [flat.state(name)[start:end] for start, end in work.spans] for name in names}
-        if self.rule.name == "sgd" and names:
+    def _calls(self, work: _Work, flat: FlatBucket) -> list[tuple[Kernel, ShardUpdate]]:
+        """Return the kernel calls of this step: one for each kernel that `select` chooses for some group."""
+        choices = [self._select(flat, part.group).name for part in work.parts]
+        names = [self.rule.state_names(part.group) for part in work.parts]
+        if self.rule.name == "sgd":
             on_host = flat.device.type == "cpu"
-            work.ranges.first = [float(step) == 1.0 if on_host else None for step in work.ranges.steps]
+            for part, group_names in zip(work.parts, names, strict=True):
+                if group_names:
+                    part.first = [float(step) == 1.0 if on_host else None for step in part.steps]
+        states = {name: flat.state(name) for group_names in names for name in group_names}
+        if choices == work.choices and all(update.states.keys() == states.keys() for _, update in work.calls):
+            return work.calls
+        work.choices, work.calls = choices, []
+        for name in dict.fromkeys(choices):
+            update = ShardUpdate(
+                weights=flat.weights,
+                states=states,
+                grad=work.grad,
+                compute_dtype=flat.compute_dtype,
+                steps=flat.steps,
+                ranges=[part for part, choice in zip(work.parts, choices, strict=True) if choice == name],
+            )
+            work.calls.append((self._kernel(name), update))
+        return work.calls
 
-    def _kernel(self, flat: FlatBucket, group: Mapping[str, Any]) -> Kernel:
-        name = select(self.rule, group, flat.compute_dtype, flat.device.type).name
+    def _select(self, flat: FlatBucket, group: Mapping[str, Any]) -> Choice:
+        return select(self.rule, group, flat.compute_dtype, flat.device.type)
+
+    def _kernel(self, name: str) -> Kernel:
         kernel = self._kernels.get(name)
         if kernel is None:
             ledger = self._ledger
@@ -224,8 +248,9 @@ class Stepper:
         rows = []
         for flat in flats:
             for group_range in flat.bucket.ranges:
-                choice = select(self.rule, self.param_groups[group_range.group], flat.compute_dtype, flat.device.type)
-                rows.append((flat.bucket.index, group_range.group, choice.name, flat.weights.name, choice.reason))
+                choice = self._select(flat, self.param_groups[group_range.group])
+                stored = (flat.weights.name, flat.choice.moments)
+                rows.append((flat.bucket.index, group_range.group, choice.name, *stored, str(choice)))
         return KernelReport(tuple(rows), tuple(transport(flat.device) for flat in flats))
 
 
@@ -248,7 +273,8 @@ def _runs(flat: FlatBucket, pieces: Sequence[Piece], has: bytes) -> list[list[Pi
 
 def _zero_padding(flat: FlatBucket, slots: Sequence[int]) -> None:
     """With eps=0 an update writes 0/0 to padding: keep it zero (contract 2.3.7)."""
-    written = [flat.weights.load(), flat.param_shard, *flat.states.values()]
+    direct = [storage.direct for storage in (flat.weights, *flat.states.values())]
+    written = [tensor for tensor in (*direct, flat.param_shard) if tensor is not None]
     padded = [piece for piece in flat.pieces if piece.end < piece.padded_end]
     views = [tensor[piece.end : piece.padded_end] for tensor in written for piece in padded]
     if views:

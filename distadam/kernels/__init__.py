@@ -5,15 +5,17 @@ from __future__ import annotations
 from distadam.kernels.reference import ReferenceKernel
 from distadam.kernels.select import Choice, make_kernel, select
 from distadam.kernels.torch_fused import TorchFusedKernel
-from distadam.kernels.update import GradScaling, Kernel, UpdateRanges
+from distadam.kernels.update import DirectViews, GradScaling, GroupRanges, Kernel, ShardUpdate
 
 __all__ = [
     "Choice",
+    "DirectViews",
     "GradScaling",
+    "GroupRanges",
     "Kernel",
     "ReferenceKernel",
+    "ShardUpdate",
     "TorchFusedKernel",
-    "UpdateRanges",
     "make_kernel",
     "select",
 ]

@@ -1,14 +1,12 @@
-"""The kernel that every rule has: elementwise torch operations, a chunk at a time."""
+"""The kernel that every rule and every storage has: elementwise torch operations, a chunk at a time."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distadam.kernels.update import GradScaling, UpdateRanges
+from distadam.kernels.chunks import Chunks
+from distadam.kernels.update import GradScaling, ShardUpdate
 from distadam.rules import Allocate, Rule, Scratch
 
 _CPU_CHUNK = 131_072
@@ -26,9 +24,9 @@ _DIVISOR_SCALAR = -2
 
 
 class ReferenceKernel:
-    """Scales the gradient and calls the rule, chunk by chunk; any rule, any device.
+    """Scales the gradient and calls the rule, chunk by chunk; any rule, any storage, any device.
 
-    Chunks are multiples of 64 elements, but nothing depends on it: rules are elementwise with one rounding per
+    Chunks are multiples of 256 elements, but nothing depends on it: rules are elementwise with one rounding per
     operation, so every cut gives the same bits.
 
     Args:
@@ -39,32 +37,31 @@ class ReferenceKernel:
 
     def __init__(self, allocate: Allocate) -> None:
         self._scratch = Scratch(allocate)
+        self._chunks = Chunks(self._scratch, _CPU_CHUNK, _DEVICE_CHUNK)
 
     @property
     def scratch_nbytes(self) -> int:
         """Bytes of temporaries held between steps."""
         return self._scratch.nbytes
 
-    def update(self, rule: Rule, ranges: UpdateRanges, group: Mapping[str, Any], scaling: GradScaling) -> None:
-        """Scale the gradients, then update weights and states in place; see `Kernel.update`.
+    def update(self, rule: Rule, update: ShardUpdate, scaling: GradScaling) -> None:
+        """Scale the gradients, update and store; see `Kernel.update`.
 
         Syncs: never.
         """
-        if not ranges.weights:
+        if update.device.type == "meta":
+            update.validate(rule)
+        if is_skipped(scaling.found_inf):
             return
-        if ranges.weights[0].is_meta:
-            ranges.validate(rule, group)
         skip = self._skip(scaling.found_inf)
-        for i, weight in enumerate(ranges.weights):
-            state = {name: tensors[i] for name, tensors in ranges.states.items()}
-            for chunk in _chunks(weight):
-                grad = ranges.grads[i][chunk]
-                self._scale_(grad, scaling)
-                state_chunk = {name: tensor[chunk] for name, tensor in state.items()}
-                rule.update(weight[chunk], grad, state_chunk, ranges.steps[i], group, self._scratch, skip)
+        for ranges in update.ranges:
+            for chunk in self._chunks.walk(update, ranges, rule.state_names(ranges.group), skip):
+                self._scale_(chunk.grad, scaling)
+                step = ranges.steps[chunk.index]
+                rule.update(chunk.weight, chunk.grad, chunk.state, step, ranges.group, self._scratch, skip)
 
     def _skip(self, found_inf: Tensor | None) -> Tensor | None:
-        if found_inf is None:
+        if found_inf is None or found_inf.device.type == "cpu":
             return None
         skip = self._scratch.scalar(_SKIP_SCALAR, torch.bool, found_inf.device)
         return torch.ne(found_inf.reshape(()), 0.0, out=skip)
@@ -84,7 +81,6 @@ class ReferenceKernel:
         return self._scratch.scalar(_DIVISOR_SCALAR, grad.dtype, grad.device).fill_(float(divisor))
 
 
-def _chunks(weight: Tensor) -> Iterator[slice]:
-    size = _CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
-    for start in range(0, weight.numel(), size):
-        yield slice(start, min(start + size, weight.numel()))
+def is_skipped(found_inf: Tensor | None) -> bool:
+    """Say whether the host knows that nothing is to be updated."""
+    return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)

@@ -1,10 +1,17 @@
-"""Which kernel serves which update, and why."""
+"""Which kernel serves which update, why, and why not the faster one.
+
+Fastest first: Triton (on CUDA: one launch a bucket, every storage), torch's fused operations (storages that they do not
+know are loaded and stored in chunks), the reference kernel.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +25,8 @@ from distadam.rules import Adam, Allocate, Rule, Sgd
 
 ENVIRONMENT_VARIABLE = "DISTADAM_KERNEL"
 
+_INSTALL = "pip install triton"
+
 _NAMES = (ReferenceKernel.name, TorchFusedKernel.name)
 
 
@@ -28,10 +37,15 @@ class Choice:
     Attributes:
         name: What `make_kernel` takes.
         reason: Why this one; one clause, for people.
+        obstacle: Why not the faster one; None where there is none, or where `reason` says it.
     """
 
     name: str
     reason: str
+    obstacle: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.obstacle is None else f"{self.reason}; not triton: {self.obstacle}"
 
 
 def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> Choice:
@@ -56,9 +70,31 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced is not None:
         return _forced(forced, rule, obstacle)
+    not_triton = triton_obstacle(device_type)
     if obstacle is not None:
-        return Choice(name=ReferenceKernel.name, reason=obstacle)
-    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}")
+        return Choice(name=ReferenceKernel.name, reason=obstacle, obstacle=not_triton)
+    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}", obstacle=not_triton)
+
+
+def triton_obstacle(device_type: str) -> str | None:
+    """Say why a Triton kernel cannot serve a CUDA update; None on devices that have no Triton kernels.
+
+    Warns once when all that is missing is Triton.
+    """
+    if device_type != "cuda":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        _warn_of_missing_triton()
+        return f"Triton is not installed ({_INSTALL})"
+    return "there is no Triton kernel for this rule"
+
+
+@cache
+def _warn_of_missing_triton() -> None:
+    warnings.warn(
+        f"distadam: Triton is not installed, so updates on CUDA devices use torch's own operations; {_INSTALL}",
+        stacklevel=2,
+    )
 
 
 def make_kernel(name: str, allocate: Allocate) -> Kernel:

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from distadam.errors import UsageError
-from distadam.kernels.update import GradScaling, UpdateRanges
-from distadam.rules import Adam, Allocate, Rule, Sgd
+from distadam.kernels.chunks import Chunks
+from distadam.kernels.reference import is_skipped
+from distadam.kernels.update import DirectViews, GradScaling, GroupRanges, ShardUpdate
+from distadam.rules import Adam, Allocate, Rule, Scratch, Sgd
+
+_CPU_CHUNK = 32_768
+_DEVICE_CHUNK = 4_194_304
 
 
 class TorchFusedKernel:
-    """`torch._fused_adam_`, `_fused_adamw_` and `_fused_sgd_`: one call for all ranges wherever possible.
+    """`torch._fused_adam_`, `_fused_adamw_` and `_fused_sgd_`: one call for all ranges of a group wherever possible.
+
+    Storages that the operations do not know are loaded, a chunk at a time, into scratch that they do, and stored again.
 
     The operations read the step counts and do not advance them; `torch.optim` advances before the call, and so does
     our caller.
@@ -30,14 +37,14 @@ class TorchFusedKernel:
     def __init__(self, allocate: Allocate | None = None) -> None:
         self._allocate = allocate or _empty
         self._flags: dict[torch.device, Tensor] = {}
+        self._chunks = Chunks(Scratch(self._allocate), _CPU_CHUNK, _DEVICE_CHUNK)
 
-    def update(self, rule: Rule, ranges: UpdateRanges, group: Mapping[str, Any], scaling: GradScaling) -> None:
-        """Scale the gradients, then update weights and states in place; see `Kernel.update`.
+    def update(self, rule: Rule, update: ShardUpdate, scaling: GradScaling) -> None:
+        """Scale the gradients, update and store; see `Kernel.update`.
 
         Args:
             rule: Adam, AdamW or SGD.
-            ranges: What to update.
-            group: torch's param_group dict.
+            update: What to update.
             scaling: What to do to the gradients first.
 
         Raises:
@@ -46,21 +53,37 @@ class TorchFusedKernel:
 
         Syncs: never.
         """
-        if not ranges.weights:
-            return
-        if ranges.weights[0].is_meta:
-            ranges.validate(rule, group)
-        grad_scale = _scale_(ranges.grads, scaling)
+        if update.device.type == "meta":
+            update.validate(rule)
         found_inf = self._found_inf(scaling.found_inf)
-        if isinstance(rule, Adam):
-            _adam_(rule, ranges, group, grad_scale, found_inf)
-        elif isinstance(rule, Sgd):
-            _sgd_(ranges, group, grad_scale, found_inf)
-        else:
-            raise UsageError(
-                f"torch_fused: expected adam, adamw or sgd but got {rule.name}, which torch does not fuse; "
-                "use the reference kernel"
+        for ranges in update.ranges:
+            names = rule.state_names(ranges.group)
+            views = update.direct(ranges, names)
+            if not ranges.spans:
+                continue
+            if views is None:
+                self._update_chunks(rule, update, ranges, scaling, found_inf)
+                continue
+            grad_scale = _scale_(views.grads, scaling)
+            _run(rule, views, ranges.steps, ranges.first, ranges.group, grad_scale, found_inf)
+            if update.weights.stores:
+                for (start, end), value, step in zip(ranges.spans, views.weights, ranges.steps, strict=True):
+                    update.weights.store(start, end, value, step, self._chunks.temporary)
+
+    def _update_chunks(
+        self, rule: Rule, update: ShardUpdate, ranges: GroupRanges, scaling: GradScaling, found_inf: Tensor | None
+    ) -> None:
+        if is_skipped(found_inf):
+            return
+        names = rule.state_names(ranges.group)
+        skip = None if found_inf is None or found_inf.device.type == "cpu" else found_inf != 0
+        for chunk in self._chunks.walk(update, ranges, names, skip):
+            views = DirectViews(
+                weights=[chunk.weight], grads=[chunk.grad], states={name: [t] for name, t in chunk.state.items()}
             )
+            grad_scale = _scale_(views.grads, scaling)
+            step, first = ranges.steps[chunk.index], ranges.first[chunk.index]
+            _run(rule, views, [step], [first], ranges.group, grad_scale, found_inf)
 
     def _found_inf(self, found_inf: Tensor | None) -> Tensor | None:
         """Turn "not 0" into 1, in float32 (see [Note: what the fused operations take])."""
@@ -90,21 +113,46 @@ def _scale_(grads: list[Tensor], scaling: GradScaling) -> Tensor | None:
     return None
 
 
-def _adam_(
-    rule: Adam, ranges: UpdateRanges, group: Mapping[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+def _run(
+    rule: Rule,
+    views: DirectViews,
+    steps: list[Tensor],
+    first: list[bool | None],
+    group: Mapping[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    lr = _lr(group["lr"], ranges.weights[0])
-    if isinstance(lr, Tensor) and ranges.weights[0].is_meta:
+    if isinstance(rule, Adam):
+        _adam_(rule, views, steps, group, grad_scale, found_inf)
+    elif isinstance(rule, Sgd):
+        _sgd_(views, steps, first, group, grad_scale, found_inf)
+    else:
+        raise UsageError(
+            f"torch_fused: expected adam, adamw or sgd but got {rule.name}, which torch does not fuse; "
+            "use the reference kernel"
+        )
+
+
+def _adam_(
+    rule: Adam,
+    views: DirectViews,
+    steps: list[Tensor],
+    group: Mapping[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    lr = _lr(group["lr"], views.weights[0])
+    if isinstance(lr, Tensor) and views.weights[0].is_meta:
         # The overloads for tensor lr have no meta kernel; what one would check, validate() has checked.
         return
     operation = torch._fused_adamw_ if rule.decouples_weight_decay(group) else torch._fused_adam_
     operation(
-        ranges.weights,
-        ranges.grads,
-        ranges.states["exp_avg"],
-        ranges.states["exp_avg_sq"],
-        ranges.states.get("max_exp_avg_sq", []),
-        ranges.steps,
+        views.weights,
+        views.grads,
+        views.states["exp_avg"],
+        views.states["exp_avg_sq"],
+        views.states.get("max_exp_avg_sq", []),
+        steps,
         amsgrad=group["amsgrad"],
         lr=lr,
         beta1=float(group["betas"][0]),
@@ -117,20 +165,27 @@ def _adam_(
     )
 
 
-def _sgd_(ranges: UpdateRanges, group: Mapping[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    lr = _lr(group["lr"], ranges.weights[0])
+def _sgd_(
+    views: DirectViews,
+    steps: list[Tensor],
+    first: list[bool | None],
+    group: Mapping[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    lr = _lr(group["lr"], views.weights[0])
     momentum, dampening = float(group["momentum"]), float(group["dampening"])
-    buffers = ranges.states.get("momentum_buffer", [])
-    first = [_is_first(ranges, i, dampening) for i in range(len(ranges.weights))] if buffers else [False]
-    if ranges.weights[0].is_meta:
+    buffers = views.states.get("momentum_buffer", [])
+    firsts = [_is_first(*known, dampening) for known in zip(first, steps, strict=True)] if buffers else [False]
+    if views.weights[0].is_meta:
         # torch._fused_sgd_ has no meta kernel; what one would check, validate() has checked.
         return
-    for is_first_step in sorted(set(first)):
+    for is_first_step in sorted(set(firsts)):
         # One call, on the caller's own lists, unless ranges took their first steps at different times.
-        chosen = None if len(set(first)) == 1 else [i for i, f in enumerate(first) if f is is_first_step]
+        chosen = None if len(set(firsts)) == 1 else [i for i, f in enumerate(firsts) if f is is_first_step]
         torch._fused_sgd_(
-            _pick(ranges.weights, chosen),
-            _pick(ranges.grads, chosen),
+            _pick(views.weights, chosen),
+            _pick(views.grads, chosen),
             _pick(buffers, chosen),
             weight_decay=float(group["weight_decay"]),
             momentum=momentum,
@@ -144,16 +199,15 @@ def _sgd_(ranges: UpdateRanges, group: Mapping[str, Any], grad_scale: Tensor | N
         )
 
 
-def _is_first(ranges: UpdateRanges, i: int, dampening: float) -> bool:
-    """Decide the range's `is_first_step`, from the host's knowledge alone."""
-    first = ranges.first[i]
+def _is_first(first: bool | None, step: Tensor, dampening: float) -> bool:
+    """Decide a range's `is_first_step`, from the host's knowledge alone."""
     if first is not None:
         return first
-    if ranges.steps[i].device.type == "cpu":
-        return float(ranges.steps[i]) == 1.0
+    if step.device.type == "cpu":
+        return float(step) == 1.0
     if dampening != 0:
         raise UsageError(
-            f"torch_fused: expected dampening 0 where only {ranges.steps[i].device} knows which step is the first but "
+            f"torch_fused: expected dampening 0 where only {step.device} knows which step is the first but "
             f"got {dampening}; use the reference kernel"
         )
     # Buffers start as zeros, so mu * 0 + g is the first step too (but for -0.0, which becomes 0.0 in the buffer).

@@ -1,9 +1,10 @@
 """A bucket: parameters of one dtype and device that are reduced, updated and gathered together.
 
-Note [Alignment]: slots start at multiples of 64 elements and so do shard boundaries. A flat buffer that is cut at
-multiples of 64 gives torch's fused CPU kernels the same bits however it is cut; at other cuts their scalar tails round
-differently. Padding after a slot belongs to no parameter: it is zero in gradients, never counted in a norm, and what an
-update writes there is never read.
+Note [Alignment]: slots start at multiples of 64 elements and so do shard boundaries (256 where a storage keeps scales
+or random counters for blocks of 256 elements of one parameter: no block is cut or shared then). A flat buffer that is
+cut at multiples of 64 gives torch's fused CPU kernels the same bits however it is cut; at other cuts their scalar tails
+round differently. Padding after a slot belongs to no parameter: it is zero in gradients, never counted in a norm, and
+what an update writes there is never read.
 """
 
 from __future__ import annotations

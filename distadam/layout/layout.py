@@ -10,16 +10,14 @@ from functools import cached_property
 from distadam.layout.buckets import Bucket, GroupRange, Slot, round_up
 from distadam.layout.params import ParamSpec
 
-ALIGN = 64
-
 
 @dataclass(frozen=True)
 class Layout:
     """Parameters, the buckets they lie in, and the number of shards.
 
     Buckets take parameters in reverse registration order (about the order in which backward finishes them), keyed by
-    dtype and device only; parameter groups are ranges inside a bucket. Which parameters share a bucket depends on
-    ``bucket_nbytes`` and not on ``num_shards``.
+    dtype, device and storage only; parameter groups are ranges inside a bucket. Which parameters share a bucket depends
+    on ``bucket_nbytes`` and not on ``num_shards``.
     """
 
     params: tuple[ParamSpec, ...]
@@ -35,13 +33,13 @@ class Layout:
     def extend(self, params: Sequence[ParamSpec]) -> Layout:
         """Return a layout with ``params`` added in buckets of their own: nothing that is placed moves."""
         base = len(self.params)
-        open_buckets: dict[tuple[str, str], list[int]] = {}
-        open_nbytes: dict[tuple[str, str], int] = {}
+        open_buckets: dict[tuple[str, str, str], list[int]] = {}
+        open_nbytes: dict[tuple[str, str, str], int] = {}
         closed: list[list[int]] = []
         for position in range(len(params) - 1, -1, -1):
             spec = params[position]
-            key = (spec.dtype, spec.device)
-            nbytes = round_up(spec.numel, ALIGN) * spec.itemsize
+            key = (spec.dtype, spec.device, spec.storage)
+            nbytes = round_up(spec.numel, spec.align) * spec.itemsize
             if key not in open_buckets or open_nbytes[key] + nbytes > self.bucket_nbytes:
                 open_buckets[key], open_nbytes[key] = [], 0
                 closed.append(open_buckets[key])
@@ -134,7 +132,7 @@ def _make_bucket(
     for position in ordered:
         spec = params[position]
         numel = spec.numel
-        padded = round_up(numel, ALIGN)
+        padded = round_up(numel, spec.align)
         firsts.setdefault(spec.group, (offset, len(slots)))
         slots.append(Slot(base + position, spec.group, offset, numel, padded))
         offset += padded
@@ -144,5 +142,5 @@ def _make_bucket(
         for (group, (start, first)), (end, last) in zip(firsts.items(), ends, strict=True)
     ]
     spec = params[ordered[0]]
-    numel = round_up(max(offset, 1), ALIGN * num_shards)
+    numel = round_up(max(offset, 1), spec.align * num_shards)
     return Bucket(index, spec.dtype, spec.device, spec.itemsize, num_shards, numel, tuple(slots), tuple(ranges))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+ALIGN = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
@@ -18,6 +20,8 @@ class ParamSpec:
         itemsize: bytes per element.
         group: index of the parameter group.
         strides: strides in elements; parameters keep theirs.
+        storage: what parameters must share, beside dtype and device, to share a bucket; a name that means nothing here.
+        align: elements at multiples of which its slot starts, the same for every parameter of a storage.
     """
 
     name: str
@@ -27,6 +31,8 @@ class ParamSpec:
     itemsize: int
     group: int
     strides: tuple[int, ...] = ()
+    storage: str = ""
+    align: int = ALIGN
 
     @property
     def numel(self) -> int:
