@@ -164,7 +164,8 @@ def test_flipped_or_cut_byte_of_any_file_is_named(written: Path, tmp_path: Path)
                 if name != ".metadata":  # which is for other tools
                     model, optimizer = build(RULE, STORAGE)
                     before = digest(model, optimizer)
-                    if name.endswith(".distcp") and not cut and rng.random() < 0.8:
+                    unread = "tensor 'extra.1'" in str(found[0]) and not cut  # a single rank takes rank 0's
+                    if unread or (name.endswith(".distcp") and rng.random() < 0.8):
                         continue  # loading is slower than looking
                     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
                         checkpoint.load(copy, model, optimizer)
