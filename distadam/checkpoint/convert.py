@@ -94,7 +94,7 @@ def reshard(
 ) -> str:
     """Write a checkpoint again as ``ranks`` ranks would have written it. `load` does not need it.
 
-    Holds two items of at most 16 MiB at a time in host memory.
+    Holds two items of at most 8 MiB at a time in host memory.
     """
     if ranks < 1:
         raise ConfigError(f"reshard(ranks=...) expected at least 1 but got {ranks!r}.")

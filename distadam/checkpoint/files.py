@@ -1,12 +1,15 @@
-"""Tensors in files, through torch.distributed.checkpoint's planner, writer and reader, with a checksum for each item.
+"""Tensors in files, in torch.distributed.checkpoint's format, with a checksum for each item.
 
-The files are DCP's: ``torch.save`` of one slice after another, and a ``.metadata`` that DCP's own tools read. What is
-ours is that each item's CRC-32 is taken while it is written and compared before it is unpickled.
+The files are DCP's: ``torch.save`` of one slice after another, and a ``.metadata`` that DCP's own tools read. DCP's
+resharding says which items a range needs. What is ours: each item's CRC-32 is taken while it is written and compared
+before it is unpickled, and the loop that writes, for DCP's writer (torch 2.13) keeps a copy of every item until the
+file is closed, which doubles the shard's memory.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -15,8 +18,8 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,14 +28,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from distadam.checkpoint.manifest import Item, Manifest, TensorEntry, corrupt
 from distadam.checkpoint.store import Store
 from distadam.errors import IncompleteCheckpoint
 
-CHUNK_NBYTES = 16 * 2**20
+CHUNK_NBYTES = 8 * 2**20
 """Largest item: a reader holds one at a time beside what it keeps."""
 
 Progress = Callable[[int], None]
@@ -89,73 +92,22 @@ class Slice:
         ]
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Resolves a write item to the slice that holds it."""
-
-    def __init__(self, slices: Sequence[Slice], resolve: Resolve | None) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._resolve = resolve
-        self._slices: dict[MetadataIndex, Tensor] = {}
-        items: list[WriteItem] = []
-        for part in slices:
-            for item in part.__create_write_items__(part.entry.key, part):
-                assert item.tensor_data is not None
-                assert item.index.offset is not None
-                begin = item.index.offset[0] - part.start
-                self._slices[item.index] = part.tensor[begin : begin + item.tensor_data.chunk.sizes[0]]
-                items.append(item)
-        self.items = items
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """Return the elements of an item; the writer copies them to the host, one item at a time."""
-        tensor, index = self._slices[write_item.index], write_item.index
-        if tensor.is_meta and self._resolve is not None and index.offset is not None:
-            return self._resolve(index.fqn, index.offset[0], tensor.numel())
-        return tensor
-
-
-@dataclass
-class _Prefix:
-    prefix: str
-
-
-class _ItemStream(io.IOBase):
+class _ItemStream:
     """Hands one item's bytes on and takes their checksum."""
 
-    def __init__(self, raw: IO[bytes], done: Callable[[int], None], progress: Progress | None) -> None:
-        self._raw, self._done, self._progress, self._crc32 = raw, done, progress, 0
-
-    def writable(self) -> bool:
-        """Say yes."""
-        return True
+    def __init__(self, raw: IO[bytes], progress: Progress | None) -> None:
+        self._raw, self._progress, self.crc32 = raw, progress, 0
 
     def write(self, data: Any) -> int:
         """Write and count."""
-        self._crc32 = zlib.crc32(data, self._crc32)
+        self.crc32 = zlib.crc32(data, self.crc32)
         written = self._raw.write(data)
         if self._progress is not None:
             self._progress(len(data))
         return written
 
-    def close(self) -> None:
-        """End the item, not the file."""
-        if not self.closed:
-            self._done(self._crc32)
-        super().close()
-
-
-class _Checksums:
-    """DCP's hook between an item and its file."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.crc32: dict[MetadataIndex, int] = {}
-        self._progress = progress
-
-    def transform_save_stream(self, item: WriteItem, raw: IO[bytes]) -> tuple[io.IOBase, list[str]]:
-        def done(crc32: int) -> None:
-            self.crc32[item.index] = crc32
-
-        return _ItemStream(raw, done, self._progress), []
+    def flush(self) -> None:
+        """Leave flushing to the end of the file."""
 
 
 def write_slices(
@@ -171,26 +123,32 @@ def write_slices(
     Holds one item of at most `CHUNK_NBYTES` in host memory beside the slices. Slices on the meta device are asked for
     item by item.
     """
-    planner = _SavePlanner([part for part in slices if part.tensor.numel()], resolve)
     store.make()
-    if not planner.items:
+    wanted = [part for part in slices if part.tensor.numel()]
+    if not wanted:
         return {}
-    writer = FileSystemWriter(store.path, sync_files=store.is_local)
-    checksums = _Checksums(progress)
-    writer.fs, writer.path = store.fs, store.path  # type: ignore[assignment]
-    writer.transforms = checksums  # type: ignore[assignment]
-    plan = SavePlan(planner.items, storage_data=_Prefix(f"{prefix}_"))
-    items: dict[str, list[Item]] = {}
-    for result in writer.write_data(plan, planner).wait():
-        info, index = result.storage_data, result.index
-        data = planner._slices[index]
-        assert index.offset is not None
-        items.setdefault(info.relative_path, []).append(
-            Item(index.fqn, index.offset[0], data.numel(), info.offset, info.length, checksums.crc32[index])
-        )
-    for rows in items.values():
-        rows.sort(key=lambda item: item.offset)
-    return items
+    items, name = [], f"{prefix}_0.distcp"
+    with store.open(name, "wb") as file:
+        for part in wanted:
+            for item in part.__create_write_items__(part.entry.key, part):
+                start, numel = _range(item)
+                tensor = part.tensor[start - part.start : start - part.start + numel]
+                if tensor.is_meta and resolve is not None:
+                    tensor = resolve(part.entry.key, start, numel)
+                # torch.save writes the whole storage that a view is of
+                tensor = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
+                offset, stream = file.tell(), _ItemStream(file, progress)
+                torch.save(tensor, cast("IO[bytes]", stream))
+                items.append(Item(part.entry.key, start, numel, offset, file.tell() - offset, stream.crc32))
+        file.flush()
+        if store.is_local:
+            os.fsync(file.fileno())
+    return {name: items}
+
+
+def _range(item: WriteItem) -> tuple[int, int]:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.offsets[0], item.tensor_data.chunk.sizes[0]
 
 
 def dcp_metadata(manifest: Manifest) -> Metadata:

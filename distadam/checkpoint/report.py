@@ -98,7 +98,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Description:
     """Read every byte of a checkpoint and compare checksums; return its description.
 
-    Holds one item of at most 16 MiB at a time; needs no process group.
+    Holds one item of at most 8 MiB at a time; needs no process group.
 
     Args:
         path: the checkpoint.
