@@ -311,13 +311,13 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._collectively("reload_parameters()", self._check_moved, Purpose.RELOAD)
         self._reducer.finish(Purpose.PARAMETERS)  # what backward has launched differs between ranks until now
         with torch.no_grad():
-            mine = set(self._guard.moved())
-            moved = set().union(*self._collectives.exchange(mine, "reload_parameters()"))
+            moved = set(self._guard.moved())
+            written = set().union(*self._collectives.exchange(self._guard.changed(), "reload_parameters()"))
             for flat, base in zip(self._flats, self._reducer.bases, strict=True):
-                slots = [slot for slot in range(len(flat.params)) if base + slot in moved]
-                flat.adopt([slot for slot in slots if base + slot in mine])
+                slots = range(len(flat.params))
+                flat.adopt([slot for slot in slots if base + slot in moved])
                 self._collectives.broadcast(flat.param_flat, f"parameters of bucket {flat.bucket.index}")
-                flat.reload(slots)
+                flat.reload([slot for slot in slots if base + slot in written])
         self._guard.accept()
 
     def _check_moved(self) -> list[tuple[str, object]]:

@@ -5,6 +5,7 @@
     distadam launch --nproc 2 examples/train_gpt.py             # the same, with readable output
     python examples/train_gpt.py --reference --out runs/ref     # torch.optim in one process, on the same batches
     distadam launch --nproc 4 examples/train_gpt.py --resume runs/ck   # go on from the newest checkpoint, save there
+    python examples/train_gpt.py --precision split+8bit         # bf16 parameters with 16 more bits, 8-bit moments
 
 Every rank takes its part of the same global batch, so any number of ranks sees together what one process sees. The only
 lines that know about ranks are the ones that pick a rank's examples and the ones that average what is printed.
@@ -37,6 +38,12 @@ PROMPT = b"\nclass Reader:\n    def "
 DEFAULT_LR = {"adamw": 4e-3, "adam": 4e-3, "sgd": 0.1, "rmsprop": 1e-3}
 # fp32 numbers that torch.optim keeps for each parameter.
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 1}
+
+# fp32 parameters, or bf16 ones with a master weight, a remainder, stochastic rounding, nothing; then moments.
+PRECISIONS = [
+    *("fp32", "fp32+bf16", "fp32+8bit", "master", "master+8bit", "split", "split+bf16", "split+8bit"),
+    *("stochastic", "stochastic+8bit", "none", "none+8bit"),
+]
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
     def sample(self, prompt: bytes, num_bytes: int, temperature: float, seed: int) -> str:
@@ -189,18 +196,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def precision_of(name: str) -> tuple[torch.dtype, distadam.PrecisionPolicy]:
+    """Return the parameters' dtype and the policy that ``--precision`` stands for."""
+    weights, _, moments = name.partition("+")
+    master = {"fp32": "auto", "master": "fp32"}.get(weights, weights)
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    return dtype, distadam.PrecisionPolicy(master=master, moments=moments or "fp32")
+
+
 def build_optimizer(options: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Return the chosen optimizer: distadam's, or with ``--reference`` torch's, with the same arguments."""
     source: Any = torch.optim if options.reference else distadam
     groups = parameter_groups(model, weight_decay=0.1 if options.optimizer == "adamw" else 0.0)
     lr = options.lr or DEFAULT_LR[options.optimizer]
+    stored = {} if options.reference else {"precision": precision_of(options.precision)[1]}
     if options.optimizer == "adamw":
-        return source.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+        return source.AdamW(groups, lr=lr, betas=(0.9, 0.98), **stored)
     if options.optimizer == "adam":
-        return source.Adam(groups, lr=lr, betas=(0.9, 0.98))
+        return source.Adam(groups, lr=lr, betas=(0.9, 0.98), **stored)
     if options.optimizer == "sgd":
-        return source.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    return source.RMSprop(groups, lr=lr, alpha=0.95)
+        return source.SGD(groups, lr=lr, momentum=0.9, nesterov=True, **stored)
+    return source.RMSprop(groups, lr=lr, alpha=0.95, **stored)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -427,6 +443,7 @@ def parse_options() -> argparse.Namespace:
     add("--plot-with", type=Path, nargs="*", default=[], help="folders of earlier runs to draw beside this one")
     add("--resume", type=Path, default=None, help="folder of checkpoints: go on from the newest there, and save there")
     add("--save-every", type=int, default=100, help="steps between checkpoints, with --resume")
+    add("--precision", choices=PRECISIONS, default="fp32", help="parameters and master weights, + moments")
     add("--reference", action="store_true", help="torch.optim in one process")
     return parser.parse_args()
 
@@ -438,6 +455,8 @@ def main() -> None:
         raise SystemExit(f"--reference runs in one process, not in {group.world_size}")
     if options.reference and options.resume:
         raise SystemExit("--resume needs distadam, not --reference")
+    if options.reference and options.precision != "fp32":
+        raise SystemExit(f"--reference trains in fp32, not with --precision {options.precision}")
     if options.batch_size % group.world_size:
         raise SystemExit(f"--batch-size {options.batch_size} does not divide over {group.world_size} ranks")
     torch.manual_seed(options.seed)
@@ -448,7 +467,8 @@ def main() -> None:
     place = {"rank": group.rank, "world_size": group.world_size, "device": group.device}
     sizes = {"batch_size": options.batch_size, "seq_len": options.seq_len, "seed": options.seed}
     batches = Batches(train=texts[0], validation=texts[1], **sizes, **place)
-    model = GPT(options.layers, options.heads, options.width, options.seq_len).to(group.device)
+    model = GPT(options.layers, options.heads, options.width, options.seq_len)
+    model = model.to(group.device, precision_of(options.precision)[0])
     optimizer = build_optimizer(options, model)
 
     source = "torch.optim" if options.reference else "distadam"

@@ -8,8 +8,10 @@ each factor is one IEEE operation, so elementwise torch operations in the stated
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -30,6 +32,7 @@ from distadam.kernels import (
     make_kernel,
     select,
 )
+from distadam.kernels.select import triton_obstacle
 from distadam.precision import OwnWeights, PlainMoment
 from distadam.rules import RULES, Rule
 from tests.reference_optimizers import (
@@ -47,6 +50,7 @@ from tests.reference_optimizers import (
     worst_error,
 )
 
+select_module = sys.modules["distadam.kernels.select"]  # the package's attribute of that name is the function
 NUMEL = 64 * 40
 BOUND = 4.0
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -75,6 +79,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_forced_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def installed_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine has Triton decides nothing here."""
+    monkeypatch.setattr(select_module, "find_spec", lambda name: name)
 
 
 def allocate(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -381,11 +391,11 @@ def test_reference_brings_a_cpu_divisor_to_the_device() -> None:
     ("change", "message"),
     [
         ({"steps": []}, "expected 2 steps but got 0"),
-        ({"grad": torch.empty(128, device="meta")}, r"expected grad of shape \(192,\) but got \(128,\)"),
+        ({"grad": torch.empty(128, device="meta")}, r"grad: expected .* shape \(192,\) .* got \(128,\)"),
         ({"spans": [(0, 64), (64, 129)]}, r"multiple of 64 but got \[64, 129\)"),
         ({"states": {}}, "are missing"),
         ({"steps": [torch.empty((), device="meta", dtype=torch.float64)] * 2}, "torch.float32 .* got .*torch.float64"),
-        ({"grad": torch.empty(192)}, "on cpu but got .* on meta"),
+        ({"grad": torch.empty(192)}, "on meta but got .* on cpu"),
     ],
     ids=["missing-steps", "grad-shape", "odd-numel", "missing-states", "step-dtype", "device"],
 )
@@ -414,9 +424,25 @@ def test_torch_fused_refuses_what_torch_does_not_fuse() -> None:
 def test_select_prefers_torch_fused(name: str, device_type: str, dtype: torch.dtype) -> None:
     choice = select(RULES[name], make_group(name, {}), dtype, device_type)
     if name == "rmsprop":
-        assert choice == Choice(name="reference", reason="torch has no fused RMSprop")
+        expected = Choice(name="reference", reason="torch has no fused RMSprop")
     else:
-        assert choice == Choice(name="torch_fused", reason=f"torch fuses {name} on {device_type}")
+        expected = Choice(name="torch_fused", reason=f"torch fuses {name} on {device_type}")
+    assert choice == dataclasses.replace(expected, obstacle=triton_obstacle(device_type))
+    assert (choice.obstacle is None) is (device_type != "cuda")
+    if choice.obstacle is not None:
+        assert str(choice) == f"{choice.reason}; not triton: {choice.obstacle}"
+
+
+def test_missing_triton_is_warned_of_once_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_module, "find_spec", lambda name: None)
+    select_module._warn_of_missing_triton.cache_clear()
+    arguments = (RULES["adamw"], make_group("adamw", {}), torch.float32)
+    with pytest.warns(UserWarning, match="Triton is not installed.*pip install triton") as warned:
+        choices = [select(*arguments, "cuda") for _ in range(3)]
+    assert len(warned) == 1
+    assert {choice.name for choice in choices} == {"torch_fused"}
+    assert "pip install triton" in str(choices[2].obstacle)
+    assert select(*arguments, "cpu").obstacle is None
 
 
 META = torch.empty((), device="meta")

@@ -24,7 +24,7 @@ from torch import nn
 import distadam
 from distadam.layout import Bucket, Fingerprint, Layout, ParamSpec, first_difference, plan
 from distadam.layout import layout as layout_module
-from distadam.layout.layout import ALIGN
+from distadam.layout.params import ALIGN
 from distadam.policies import CommPolicy
 from tests.ranks import run_ranks
 

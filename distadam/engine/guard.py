@@ -50,6 +50,12 @@ class ParameterGuard:
             return []
         return [index for index, (now, was) in enumerate(zip(pointers, self._pointers, strict=True)) if now != was]
 
+    def changed(self) -> list[int]:
+        """Return the indices of parameters that were written, as far as counters tell, or moved."""
+        versions = zip(map(_version, self._params), self._versions, strict=True)
+        written = {index for index, (now, was) in enumerate(versions) if now != was}
+        return sorted(written | set(self.moved()))
+
     def check(self) -> UsageError | None:
         """Return the error to raise if a parameter was written or replaced since `accept` or `written`."""
         moved = self.moved()

@@ -6,12 +6,12 @@ know are loaded and stored in chunks), the reference kernel.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def triton_obstacle(device_type: str) -> str | None:
     """
     if device_type != "cuda":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         _warn_of_missing_triton()
         return f"Triton is not installed ({_INSTALL})"
     return "there is no Triton kernel for this rule"

@@ -14,7 +14,10 @@ from distadam.kernels.reference import is_skipped
 from distadam.kernels.update import DirectViews, GradScaling, GroupRanges, ShardUpdate
 from distadam.rules import Adam, Allocate, Rule, Scratch, Sgd
 
-_CPU_CHUNK = 32_768
+_CPU_CHUNK = 262_144
+"""Elements a chunk on the CPU: with less, calls cost more than the cache saves (8-bit moments with AdamW, 10M elements,
+AMD EPYC, 1 thread: 24 ns an element at 32 Ki, 10 at 128 Ki, 8 at 256 Ki and 512 Ki)."""
+
 _DEVICE_CHUNK = 4_194_304
 
 

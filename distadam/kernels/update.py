@@ -86,7 +86,7 @@ class ShardUpdate:
     @property
     def device(self) -> torch.device:
         """Where everything lies."""
-        return self.grad.device
+        return self.weights.param_shard.device
 
     def direct(self, ranges: GroupRanges, names: Sequence[str]) -> DirectViews | None:
         """Return the ranges as tensors to be updated in place, or None where a storage or the gradient is encoded."""
@@ -115,8 +115,7 @@ class ShardUpdate:
             UsageError: A state is missing, or a length, span, shape, dtype or device does not fit.
         """
         numel = self.weights.param_shard.numel()
-        if self.grad.shape != (numel,) or not self.grad.is_contiguous():
-            raise UsageError(f"{rule.name}: expected grad of shape ({numel},) but got {tuple(self.grad.shape)}")
+        _expect(f"{rule.name}: grad", self.grad, numel, self.device)
         stored = {"weights": self.weights, **self.states}
         for what, storage in stored.items():
             for suffix, part in storage.stored().items():

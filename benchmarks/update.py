@@ -1,0 +1,146 @@
+"""Time the update of a flat shard on the CPU, for every storage, against torch._fused_adamw_ on fp32 tensors.
+
+    python benchmarks/update.py [--numel 10000000] [--rounds 9] [--out benchmarks/results]
+
+All variants take turns in each round, so that what else the machine does falls on all; what counts are ratios of
+medians within this one run. Gradients are fp32, as the reduction delivers them. Writes JSON and a Markdown table.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from distadam.kernels import GradScaling, GroupRanges, ShardUpdate, make_kernel
+from distadam.policies import PrecisionPolicy
+from distadam.precision import Run, choose, make_moment, make_weights, start_of
+from distadam.rules import RULES
+
+GROUP = {
+    "lr": 1e-4,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "amsgrad": False,
+    "maximize": False,
+}
+VARIANTS = [
+    (torch.float32, "auto", "fp32"),
+    (torch.float32, "auto", "bf16"),
+    (torch.float32, "auto", "8bit"),
+    (torch.bfloat16, "fp32", "fp32"),
+    (torch.bfloat16, "fp32", "8bit"),
+    (torch.bfloat16, "split", "fp32"),
+    (torch.bfloat16, "split", "bf16"),
+    (torch.bfloat16, "split", "8bit"),
+    (torch.bfloat16, "stochastic", "fp32"),
+    (torch.bfloat16, "stochastic", "8bit"),
+    (torch.bfloat16, "none", "fp32"),
+]
+STAGGER = 5_120  # elements between flat buffers: at exact powers of two apart, cache sets collide
+
+
+def empty(kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    empty.calls += 1
+    return torch.zeros(numel + empty.calls % 7 * STAGGER, dtype=dtype)[empty.calls % 7 * STAGGER :]
+
+
+empty.calls = 0
+
+
+def torch_alone(numel: int) -> Callable[[], None]:
+    weight, grad, exp_avg, exp_avg_sq = (empty("", numel, torch.float32, torch.device("cpu")) for _ in range(4))
+    weight.normal_()
+    grad.normal_()
+    step = torch.tensor(10.0)
+    arguments = {"amsgrad": False, "lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+    return lambda: torch._fused_adamw_(
+        [weight], [grad], [exp_avg], [exp_avg_sq], [], [step], maximize=False, **arguments
+    )
+
+
+def ours(numel: int, dtype: torch.dtype, master: str, moments: str, kernel_name: str) -> Callable[[], None]:
+    choice = choose(PrecisionPolicy(master=master, moments=moments), {}, dtype, "w")
+    param, runs = empty("", numel, dtype, torch.device("cpu")).normal_(), [Run(0, numel, start_of("w"))]
+    steps = torch.full((1,), 10.0)
+    ranges = GroupRanges(group=GROUP, spans=[(0, numel)], steps=[steps[0]], slots=[0], first=[False])
+    update = ShardUpdate(
+        weights=make_weights(choice, param, runs, 0, empty),
+        states={name: make_moment(choice, name, param, runs, 0, empty) for name in ("exp_avg", "exp_avg_sq")},
+        grad=empty("", numel, torch.float32, torch.device("cpu")).normal_(),
+        compute_dtype=torch.float32,
+        steps=steps,
+        ranges=[ranges],
+    )
+    kernel = make_kernel(kernel_name, lambda n, dtype, device: torch.empty(n, dtype=dtype))
+    keep = update.grad.clone() if kernel_name == "reference" else None
+
+    def run() -> None:
+        kernel.update(RULES["adamw"], update, GradScaling())
+
+    def restore() -> None:
+        if keep is not None:
+            update.grad.copy_(keep)
+
+    run.restore = restore
+    return run
+
+
+def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            getattr(run, "restore", lambda: None)()
+            begin = time.perf_counter()
+            run()
+            if number:
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--numel", type=int, default=10_000_000 // 256 * 256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--reference", action="store_true", help="the reference kernel for every storage, too")
+    parser.add_argument("--only", default="", help="variants whose names contain this")
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    variants: dict[str, Callable[[], None]] = {"torch._fused_adamw_": torch_alone(options.numel)}
+    for dtype, master, moments in VARIANTS:
+        kernels = ["torch_fused", "reference"] if options.reference else ["torch_fused"]
+        for kernel in kernels:
+            name = f"{str(dtype).removeprefix('torch.')} parameters, master {master}, moments {moments}, {kernel}"
+            if options.only in name:
+                variants[name] = ours(options.numel, dtype, master, moments, kernel)
+    times = measure(variants, options.rounds)
+    base = statistics.median(times["torch._fused_adamw_"])
+    rows = ["| update | min | median | max | ns per element | x torch._fused_adamw_ |", "|---|---|---|---|---|---|"]
+    for name, values in times.items():
+        low, middle, high = min(values), statistics.median(values), max(values)
+        rows.append(
+            f"| {name} | {low * 1e3:.1f} ms | {middle * 1e3:.1f} ms | {high * 1e3:.1f} ms "
+            f"| {middle / options.numel * 1e9:.2f} | {middle / base:.2f} |"
+        )
+    head = (
+        f"AdamW on {options.numel:,} elements, one thread, {options.rounds} rounds; torch {torch.__version__}, "
+        f"{platform.processor() or platform.machine()}."
+    )
+    text = head + "\n\n" + "\n".join(rows) + "\n"
+    print(text)
+    if options.out is not None:
+        stem = options.out / f"update_cpu_{date.today():%Y-%m-%d}"
+        stem.with_suffix(".md").write_text(text)
+        stem.with_suffix(".json").write_text(json.dumps({"about": head, "seconds": times}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
