@@ -167,6 +167,7 @@ def test_asynchronous_save_returns_before_it_is_written(tmp_path: Path, monkeypa
     second = checkpoint.save(tmp_path / "b", model, optimizer, asynchronous=True)
     assert first.done  # one in flight: the second waited for the first
     second.wait()
+    assert (tmp_path / "b" / "commit.json").exists()
     checkpoint.load(tmp_path / "a", model, optimizer)
     assert torch.equal(model.weight, value)  # a copy of the moment of saving
 
@@ -240,7 +241,7 @@ def test_torchrun_elastic_goes_on_with_three_of_four(tmp_path: Path) -> None:
         for each in agents:
             each.kill()
     codes = [each.returncode for each in agents]
-    assert sorted(codes) == [-signal.SIGKILL, 0, 0, 0], outputs
+    assert sorted(codes) == [-signal.SIGKILL, 0, 0, 0], "\n".join(outputs)
     first, second = _reads(tmp_path, 4), _reads(tmp_path, 3)
     begin = min(second)
     assert {step: first[step] for step in range(begin)} | second == _expected()
