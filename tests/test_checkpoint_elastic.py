@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -193,59 +192,3 @@ def test_save_in_flight_is_finished_at_exit_and_sigterm(how: str, code: int, tmp
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "a"), how]
     assert subprocess.run(command, env=environment, timeout=60).returncode == code
     checkpoint.verify(tmp_path / "a")
-
-
-TORCHRUN = """
-import sys
-import torch, torch.distributed as dist, distadam
-from tests.test_checkpoint_elastic import loop
-group = distadam.init_process_group()
-first = not (__import__("os").path.exists(sys.argv[1] + "/killed"))
-if group.world_size == 4 and first:
-    if group.rank == 2:
-        open(sys.argv[1] + "/killed", "w").write(str(__import__("os").getppid()))
-    loop(group.rank, sys.argv[1], (2, 14), 0.05)
-else:
-    open(sys.argv[1] + f"/weights.{group.rank}", "w").write(repr(loop(group.rank, sys.argv[1])))
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_torchrun_elastic_goes_on_with_three_of_four(tmp_path: Path) -> None:
-    script = tmp_path / "job.py"
-    script.write_text(TORCHRUN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = "is_host={},keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=5"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    agents = []
-    for node in range(4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "3:4", "--nproc-per-node", "1"]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", "3"]
-        command += ["--rdzv-conf", settings.format(int(node == 0)), "--local-addr", "127.0.0.1"]
-        command += ["--monitor-interval", "0.2", str(script), str(tmp_path)]
-        agents.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        killed = tmp_path / "killed"
-        deadline = time.monotonic() + 120
-        while not killed.exists() or not killed.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        agent = int(killed.read_text())
-        os.kill(agent, signal.SIGKILL)  # the whole node goes: its worker follows at step 14
-        outputs = [each.communicate(timeout=240)[0].decode() for each in agents]
-    finally:
-        for each in agents:
-            each.kill()
-    codes = [each.returncode for each in agents]
-    assert sorted(codes) == [-signal.SIGKILL, 0, 0, 0], "\n".join(outputs)
-    first, second = _reads(tmp_path, 4), _reads(tmp_path, 3)
-    begin = min(second)
-    assert {step: first[step] for step in range(begin)} | second == _expected()
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    weights = json.loads((tmp_path / "weights.0").read_text())
-    assert weights == loop(0, str(whole))[-len(weights) :]
