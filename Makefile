@@ -20,10 +20,10 @@ TRAIN := examples/train_gpt.py
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 
-.PHONY: help setup demo test lint types tests bench kernels format clean
+.PHONY: help setup demo test lint types tests test-slow bench kernels format clean
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(READY) ## Build .venv: torch, this checkout (editable) and the development tools.
 
@@ -64,6 +64,9 @@ types: setup ## mypy, strict, on the package.
 
 tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup ## The long tests: every pair of rank counts with every rule and storage, 50 killed saves.
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.
 $(PEERS_READY): $(READY)

@@ -1,5 +1,8 @@
 """distadam: torch.optim's Adam, AdamW, SGD and RMSprop with state sharded over data-parallel ranks."""
 
+import importlib
+import typing
+
 from distadam.api import SGD, Adam, AdamW, RMSprop
 from distadam.comm import RunInfo, broadcast_buffers, init_process_group
 from distadam.errors import (
@@ -18,6 +21,9 @@ from distadam.errors import (
 from distadam.layout import Layout, ParamSpec, Plan, plan
 from distadam.optimizer import ShardedOptimizer
 from distadam.policies import CommPolicy, OffloadPolicy, PrecisionPolicy, ShardPolicy
+
+if typing.TYPE_CHECKING:
+    from distadam import checkpoint as checkpoint
 
 __version__ = "0.1.0"
 
@@ -50,3 +56,10 @@ __all__ = [
     "init_process_group",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Import ``distadam.checkpoint`` when it is first used: torch's own brings half of torch along."""
+    if name == "checkpoint":
+        return importlib.import_module("distadam.checkpoint")
+    raise AttributeError(f"module 'distadam' has no attribute {name!r}")

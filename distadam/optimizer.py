@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distadam.comm import Collectives, CollectiveStats, Groups, Join, Joinable, JoinHook, Streams
 from distadam.engine import places, prefetch, state
+from distadam.engine.access import Access
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.gatherer import Gatherer
 from distadam.engine.gradients import ShardedGradient, register_foreach
@@ -462,6 +463,26 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
             raise
         self._reducer.finish(Purpose.PARAMETERS)  # what backward has launched differs between ranks until now
         self._place(*places.by_trainable(self.param_groups[-1:]))
+
+    def checkpoint_access(self) -> Access:
+        """Return what `distadam.checkpoint` reads and writes. Communicates nothing."""
+        return Access(
+            rule=self._stepper.rule,
+            flats=self._flats,
+            param_groups=self.param_groups,
+            defaults=self.defaults,
+            names=places.param_names(self.param_groups),
+            state=self.state,
+            collectives=self._collectives,
+            announce=self._reducer.announce,
+            loaded=self._take_loaded,
+        )
+
+    def _take_loaded(self) -> None:
+        state.renew_history(self._flats)
+        self._stepper.invalidate()
+        self._guard.accept()
+        self._publish()
 
     # Reports ---------------------------------------------------------------------------------------------------------
 

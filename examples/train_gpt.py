@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_gpt.py           # two, gradients averaged and state split by distadam
     distadam launch --nproc 2 examples/train_gpt.py             # the same, with readable output
     python examples/train_gpt.py --reference --out runs/ref     # torch.optim in one process, on the same batches
+    distadam launch --nproc 4 examples/train_gpt.py --resume runs/ck   # go on from the newest checkpoint, save there
     python examples/train_gpt.py --precision split+8bit         # bf16 parameters with 16 more bits, 8-bit moments
 
 Every rank takes its part of the same global batch, so any number of ranks sees together what one process sees. The only
@@ -255,6 +256,7 @@ class Log:
     folder: Path
     steps: int
     enabled: bool
+    resume: bool = False
     console: Console = field(init=False)
     progress: Progress = field(init=False)
     task: TaskID = field(init=False)
@@ -275,7 +277,8 @@ class Log:
         self.task = self.progress.add_task("train", total=self.steps, loss=math.nan, val="-", speed=0.0)
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "curve.jsonl").write_text("")
+            if not self.resume:
+                (self.folder / "curve.jsonl").write_text("")
         if self.console.is_terminal:
             self.progress.start()
 
@@ -366,12 +369,24 @@ def validate(model: GPT, batches: Batches, num_batches: int) -> float:
     return average(torch.stack(losses).mean()) / math.log(2)
 
 
+def steps_to_do(options: argparse.Namespace, model: GPT, optimizer: Any, schedule: Any) -> Iterator[int]:
+    """Yield 1, 2, ...; with ``--resume`` from where the newest checkpoint stopped, whatever wrote it, and save."""
+    if options.resume is None:
+        yield from range(1, options.steps + 1)
+        return
+    from distadam.checkpoint import RandomState, elastic
+
+    extra = {"schedule": schedule, "random": RandomState(optimizer)}
+    loop = elastic.run(options.resume, model, optimizer, num_steps=options.steps, extra=extra, every=options.save_every)
+    yield from (done + 1 for done in loop)
+
+
 def train(options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log) -> None:
     """The loop; nothing in it depends on the number of ranks."""
     schedule = build_schedule(optimizer, options.steps)
     clip = clipper(options, model, optimizer)
     window, began = [], time.monotonic()
-    for step in range(1, options.steps + 1):
+    for step in steps_to_do(options, model, optimizer, schedule):
         loss = model.loss(*batches.training(step))
         loss.backward()
         clip(1.0)
@@ -426,6 +441,8 @@ def parse_options() -> argparse.Namespace:
     add("--sample-bytes", type=int, default=600)
     add("--out", type=Path, default=Path("runs/train_gpt"), help="folder for the curve, the picture and the sample")
     add("--plot-with", type=Path, nargs="*", default=[], help="folders of earlier runs to draw beside this one")
+    add("--resume", type=Path, default=None, help="folder of checkpoints: go on from the newest there, and save there")
+    add("--save-every", type=int, default=100, help="steps between checkpoints, with --resume")
     add("--precision", choices=PRECISIONS, default="fp32", help="parameters and master weights, + moments")
     add("--reference", action="store_true", help="torch.optim in one process")
     return parser.parse_args()
@@ -436,6 +453,8 @@ def main() -> None:
     group = distadam.init_process_group()
     if options.reference and group.world_size > 1:
         raise SystemExit(f"--reference runs in one process, not in {group.world_size}")
+    if options.reference and options.resume:
+        raise SystemExit("--resume needs distadam, not --reference")
     if options.reference and options.precision != "fp32":
         raise SystemExit(f"--reference trains in fp32, not with --precision {options.precision}")
     if options.batch_size % group.world_size:
@@ -443,7 +462,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
 
-    log = Log(folder=options.out, steps=options.steps, enabled=group.rank == 0)
+    log = Log(folder=options.out, steps=options.steps, enabled=group.rank == 0, resume=options.resume is not None)
     texts = load_corpus()
     place = {"rank": group.rank, "world_size": group.world_size, "device": group.device}
     sizes = {"batch_size": options.batch_size, "seq_len": options.seq_len, "seed": options.seed}

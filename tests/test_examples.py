@@ -112,6 +112,18 @@ def test_04_accumulation_clipping_gives_same_result_with_both_clips(start):
     assert own[1] < 0.1 < own[0]
 
 
+def test_05_resume_on_more_ranks_ends_as_a_run_that_never_stopped(tmp_path):
+    script = "05_resume_on_more_ranks.py"
+    first = one(script, "--until", "30", "--directory", str(tmp_path / "a"))
+    assert "steps 0 to 30 on 1 ranks, 720 samples" in first
+    resumed = launched(script, "--until", "60", "--directory", str(tmp_path / "a"))
+    whole = one(script, "--until", "60", "--directory", str(tmp_path / "b"))
+    assert "steps 30 to 60 on 2 ranks, 1440 samples" in resumed
+    (ours, lr), (theirs, same_lr) = (re.findall(r"loss (\S+), lr (\S+)", text)[0] for text in (resumed, whole))
+    assert lr == same_lr
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def references() -> dict[str, Path]:
     """Hold the folders of the runs with torch.optim, by optimizer; `reference` fills it."""
@@ -191,3 +203,16 @@ def test_train_gpt_refuses_batch_that_does_not_divide():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1
     assert "--batch-size 7 does not divide over 2 ranks" in done.stderr
+
+
+def test_train_gpt_resumes_with_the_curve_of_a_run_that_never_stopped(reference, tmp_path):
+    out = ["--out", str(tmp_path / "out"), "--resume", str(tmp_path / "checkpoints")]
+    length = [*SMALL[: len(SIZES) * 2], "--log-every", "5", "--eval-every", "15", "--eval-batches", "2"]
+    launched("train_gpt.py", *length, "--steps", "30", "--save-every", "10", *out)
+    newest = tmp_path / "checkpoints" / "step-000000030"
+    newest.joinpath("commit.json").unlink()  # as if it had died while it saved
+    one("train_gpt.py", *length, "--steps", "30", *out)
+    points = {
+        p["step"]: p["loss"] for p in map(json.loads, (tmp_path / "out" / "curve.jsonl").read_text().splitlines())
+    }
+    assert [points[step] for step in sorted(points)] == pytest.approx(curve(reference("adamw"), "loss"), abs=1e-4)

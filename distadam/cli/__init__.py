@@ -6,6 +6,7 @@ The commands are a face on the package: they may import it, nothing in it import
 import typer
 
 from distadam.cli.bench import bench
+from distadam.cli.checkpoint import app as checkpoint
 from distadam.cli.launch import launch
 
 __all__ = ["app", "main"]
@@ -27,6 +28,7 @@ def _root() -> None:
 # Everything behind the script belongs to the script, options included.
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(bench)
+app.add_typer(checkpoint)
 
 
 def main() -> None:

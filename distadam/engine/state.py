@@ -28,7 +28,7 @@ def publish(rule: Rule, flats: Sequence[FlatBucket], groups: Sequence[Mapping[st
             entry: dict[str, Tensor] = {"step": flat.steps[slot]} if rule.has_step else {}
             names = rule.state_names(group)
             if not names and flat.states and flat.device.type != "meta":
-                names = _names(rule, group, float(flat.steps[slot]))
+                names = state_names(rule, group, float(flat.steps[slot]))
             for name in names:
                 for suffix, part in flat.state(name).stored().items():
                     entry[name + suffix] = flat.slot_part(part, slot)
@@ -148,7 +148,7 @@ def check_entries(
                 raise CheckpointError(
                     f"parameter {names[param]!r}: expected a number of steps but got {entry.get('step')!r}."
                 )
-            for name in _names(rule, _FLAGS | dict(other), _step_of(entry, rule)):
+            for name in state_names(rule, _FLAGS | dict(other), step_of(entry, rule)):
                 value = entry.get(name)
                 got = tuple(value.shape) if isinstance(value, Tensor) else value
                 if got != shapes[param] and not (value is None and not rule.has_step):
@@ -162,7 +162,7 @@ def _is_step(value: Any) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-def _names(rule: Rule, group: Mapping[str, Any], step: float) -> tuple[str, ...]:
+def state_names(rule: Rule, group: Mapping[str, Any], step: float) -> tuple[str, ...]:
     """Return the states that torch would hold: SGD keeps a momentum buffer when momentum goes to 0."""
     if not rule.has_step and step > 0:
         return rule.state_names({**group, "momentum": 1.0})
@@ -206,7 +206,7 @@ def load_local(
             kept.copy_(master)
         for slot, param in enumerate(flat.params):
             entry = saved["state"].get(numbers[param], {})
-            for name in _names(rule, groups[flat.bucket.slots[slot].group], counts[slot]):
+            for name in state_names(rule, groups[flat.bucket.slots[slot].group], counts[slot]):
                 for suffix, part in flat.state(name).stored().items():
                     view = flat.slot_part(part, slot)
                     if name + suffix in entry:
@@ -228,10 +228,10 @@ def load_full(
 def _load_slot(
     entry: Mapping[str, Any], rule: Rule, flat: FlatBucket, slot: int, groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    step = _step_of(entry, rule)
+    step = step_of(entry, rule)
     flat.steps[slot] = step
     piece = flat.piece_of_slot.get(slot)
-    for name in _names(rule, groups[flat.bucket.slots[slot].group], step):
+    for name in state_names(rule, groups[flat.bucket.slots[slot].group], step):
         moment, value = flat.state(name), entry.get(name)
         if piece is None:
             continue
@@ -262,7 +262,8 @@ def load_slots(state: Any, rule: Rule, flat: FlatBucket, groups: Sequence[Mappin
         renew_history([flat])
 
 
-def _step_of(entry: Mapping[str, Any], rule: Rule) -> float:
+def step_of(entry: Mapping[str, Any], rule: Rule) -> float:
+    """Return the step count that torch's entry of a parameter stands for."""
     if rule.has_step:
         return float(entry.get("step", 0.0))
     # torch's SGD counts no steps; all it knows is whether there is a momentum buffer yet.
@@ -295,7 +296,9 @@ def full_state(
     placed = {param for flat in flats for param in flat.params}
     for flat in flats:
         steps = flat.steps.tolist()
-        by_slot = [_names(rule, groups[slot.group], step) for slot, step in zip(flat.bucket.slots, steps, strict=True)]
+        by_slot = [
+            state_names(rule, groups[slot.group], step) for slot, step in zip(flat.bucket.slots, steps, strict=True)
+        ]
         for slot, param in enumerate(flat.params):
             if keep and steps[slot] > 0 and (rule.has_step or by_slot[slot]):
                 state[param] = {"step": torch.tensor(steps[slot])} if rule.has_step else {}

@@ -30,6 +30,10 @@ class Purpose(IntEnum):
     LOAD = 9
     RELOAD = 10
     ADD_GROUP = 11
+    SAVE_CHECKPOINT = 12
+    LOAD_CHECKPOINT = 13
+    WAIT_CHECKPOINT = 14
+    STEP_BOUNDARY = 15
     FAILED = 250
 
 
@@ -45,6 +49,10 @@ CALLS = {
     Purpose.LOAD: "load_state_dict()",
     Purpose.RELOAD: "reload_parameters()",
     Purpose.ADD_GROUP: "add_param_group()",
+    Purpose.SAVE_CHECKPOINT: "checkpoint.save()",
+    Purpose.LOAD_CHECKPOINT: "checkpoint.load()",
+    Purpose.WAIT_CHECKPOINT: "wait() for an asynchronous checkpoint",
+    Purpose.STEP_BOUNDARY: "checkpoint.elastic's look at signals",
 }
 
 _DETAIL = 24
