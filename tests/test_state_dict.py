@@ -208,7 +208,7 @@ def test_full_state_fits_every_number_of_ranks() -> None:
 @pytest.mark.parametrize("broken", ["steps", "slices"])
 def test_round_trip_sees_lost_state(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken == "steps":
-        monkeypatch.setattr("distadam.engine.state._step_of", lambda entry, rule: 1.0)
+        monkeypatch.setattr("distadam.engine.state.step_of", lambda entry, rule: 1.0)
     else:
         flatten = FlatBucket.flatten
         monkeypatch.setattr(FlatBucket, "flatten", lambda self, value, slot: flatten(self, value, slot).flip(0))
