@@ -424,7 +424,7 @@ def test_kernel_report_has_a_row_for_each_bucket_and_group() -> None:
 def test_kernel_report_says_what_the_environment_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = distadam.AdamW([nn.Parameter(torch.ones(10))])
     monkeypatch.setenv("DISTADAM_KERNEL", "reference")
-    assert optimizer.kernel_report().rows == ((0, 0, "reference", "own", "DISTADAM_KERNEL=reference"),)
+    assert optimizer.kernel_report().rows == ((0, 0, "reference", "own", "fp32", "DISTADAM_KERNEL=reference"),)
 
 
 def _transports(rank: int, reduce: str) -> list[object]:

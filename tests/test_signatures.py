@@ -318,8 +318,8 @@ INVALID: list[tuple[type, str, Any]] = [
     *[(ShardPolicy, "stage", value) for value in (0, 3, "2", None, True, 2.0)],
     *[(ShardPolicy, "mesh", value) for value in (5, "mesh", torch.zeros(2))],
     (ShardPolicy, "replicate_group", b"group"),
-    *[(PrecisionPolicy, "master", value) for value in ("split", "stochastic", "none", None, torch.float32)],
-    *[(PrecisionPolicy, "moments", value) for value in ("bf16", "8bit", None)],
+    *[(PrecisionPolicy, "master", value) for value in ("bf16", None, torch.float32)],
+    *[(PrecisionPolicy, "moments", value) for value in ("fp16", "8-bit", None, torch.bfloat16)],
     *[
         (PrecisionPolicy, "reduce_dtype", value)
         for value in (torch.int8, torch.complex64, torch.float8_e4m3fn, "fp32", "torch.float32", 16)
@@ -361,7 +361,7 @@ def test_policy_is_frozen_keyword_only_and_a_value(policy: Any) -> None:
 
 def offered_values() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every value that a policy's annotations offer, one at a time, as (argument, fields)."""
-    numbers = {"bucket_mb": [71 / 2**20, 1], "timeout_s": [30.0]}
+    numbers = {"bucket_mb": [71 / 2**20, 1], "timeout_s": [30.0], "seed": [1]}
     reduce_dtypes = [None, torch.float32, torch.float64]
     for argument, policy in POLICIES.items():
         hints = typing.get_type_hints(policy, localns={"ProcessGroup": Any, "DeviceMesh": Any, "torch": torch})
@@ -388,10 +388,12 @@ def _train_with(policies: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def _train_with_each(rank: int) -> list[str]:
-    """Return what did not train to the defaults' bits."""
+    """Return what did not train to the defaults' bits; moments that are rounded cannot (tests/test_storages.py)."""
     expected = _train_with({})
     wrong = []
     for argument, fields in offered_values():
+        if fields.get("moments") in ("bf16", "8bit"):
+            continue
         result = _train_with({argument: POLICIES[argument](**fields)})
         if not all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)):
             wrong.append(f"{argument}={fields}")

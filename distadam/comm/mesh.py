@@ -98,12 +98,15 @@ class Mesh:
                 if ended is not None:
                     raise RuntimeError(f"{self._names[ended]} has ended")
                 pending = any(self._outgoing.values())
+                events = select.poll()  # not the one that other threads look at meanwhile
+                for peer in missing:
+                    events.register(self._sockets[peer], select.POLLIN)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise RuntimeError(
                     f"nothing came from {', '.join(self._names[peer] for peer in missing)} within {timeout_s:g} s"
                 )
-            self._poll.poll(min(left, 0.001 if pending else left) * 1000)
+            events.poll(min(left, 0.001 if pending else left) * 1000)
 
     def _missing(self, kind: int, number: int) -> list[int]:
         came = self._segments.get((kind, number), {})

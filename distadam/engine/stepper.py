@@ -29,7 +29,7 @@ class KernelReport:
 
     Args:
         rows: (bucket, group, kernel, weights, moments, reason).
-        transports: by bucket: "none", "native" or "exchange", and the reason.
+        transports: by bucket: "none", "native", "exchange" or "shared", and the reason.
     """
 
     rows: tuple[tuple[int, int, str, str, str, str], ...]
