@@ -44,14 +44,28 @@ class LatePending(Pending):
         self._future = future
         self._waits = wait
 
+    @property
+    def reading(self) -> Pending:
+        return LateReading(self._future, self._waits)
+
     def wait(self) -> None:
         if self._waits:
-            self._future.result().wait()
+            self._launched().wait()
 
     def ready(self, within_s: float) -> bool:
         if within_s and not self._future.done():
             time.sleep(within_s)
-        return self._future.done() and self._future.result().ready(within_s)
+        return self._future.done() and self._launched().ready(within_s)
+
+    def _launched(self) -> Pending:
+        return self._future.result()
+
+
+class LateReading(LatePending):
+    """Its part after which the input may be overwritten."""
+
+    def _launched(self) -> Pending:
+        return self._future.result().reading
 
 
 @contextlib.contextmanager
