@@ -63,7 +63,7 @@ types: setup ## mypy, strict, on the package.
 	@$(BIN)/mypy
 
 tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 test-slow: setup ## The long tests: every pair of rank counts with every rule and storage, 50 killed saves.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
