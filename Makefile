@@ -20,7 +20,7 @@ TRAIN := examples/train_gpt.py
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 
-.PHONY: help setup demo test lint types tests test-slow bench kernels format clean
+.PHONY: help setup demo test lint types tests test-long test-slow bench kernels format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -64,6 +64,9 @@ types: setup ## mypy, strict, on the package.
 
 tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+
+test-long: setup ## What `make test` leaves out for time: three ranks and more, compiled kernels, long examples.
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "long and not slow" $(PYTEST_ARGS)
 
 test-slow: setup ## The long tests: every pair of rank counts with every rule and storage, 50 killed saves.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

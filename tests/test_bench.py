@@ -30,6 +30,7 @@ def test_bench_comm_measures_every_transport_with_the_payload_of_a_rank(tmp_path
         assert result["name"] in done.stdout
 
 
+@pytest.mark.long
 def test_bench_step_measures_the_parts_of_a_step_and_compares_them_with_a_file(tmp_path: Path) -> None:
     before = tmp_path / "before.json"
     old = [Result(name="whole step, 0.4 M parameters", times_ms=[1e6])]

@@ -186,6 +186,7 @@ if sys.argv[2] == "term":
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "code"), [("exit", 0), ("term", -signal.SIGTERM)])
 def test_save_in_flight_is_finished_at_exit_and_sigterm(how: str, code: int, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -29,6 +29,7 @@ def _reference(case: tuple[str, str]) -> str:
     return never_stopped(0, [case], LAST)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("read", SIZES)
 def test_every_number_of_ranks_reads_what_every_other_wrote(read: int, tmp_path: Path) -> None:
     for number, (written, reader) in enumerate(PAIRS):
@@ -204,6 +205,7 @@ def _weights(optimizer: Any) -> dict[str, torch.Tensor]:
     return values
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["split 8bit", "bf16 fp32 master"])
 @pytest.mark.parametrize("second", ["bf16 fp32 master", "split", "fp32"])
 def test_storages_change_without_losing_a_bit_of_the_weights(first: str, second: str, tmp_path: Path) -> None:

@@ -146,7 +146,13 @@ def reference(references, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("optimizer", "start"),
-    [("adamw", launched), ("adamw", one), ("sgd", torchrun), ("rmsprop", one), ("adam", one)],
+    [
+        pytest.param("adamw", launched, marks=pytest.mark.long),
+        ("adamw", one),
+        ("sgd", torchrun),
+        ("rmsprop", one),
+        ("adam", one),
+    ],
 )
 def test_train_gpt_learns_as_torch_does(optimizer, start, reference, tmp_path):
     folder = reference(optimizer)
@@ -205,6 +211,7 @@ def test_train_gpt_refuses_batch_that_does_not_divide():
     assert "--batch-size 7 does not divide over 2 ranks" in done.stderr
 
 
+@pytest.mark.long
 def test_train_gpt_resumes_with_the_curve_of_a_run_that_never_stopped(reference, tmp_path):
     out = ["--out", str(tmp_path / "out"), "--resume", str(tmp_path / "checkpoints")]
     length = [*SMALL[: len(SIZES) * 2], "--log-every", "5", "--eval-every", "15", "--eval-batches", "2"]

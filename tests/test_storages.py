@@ -355,6 +355,7 @@ LAYOUTS = [(1, "71 bytes", "alternating"), (2, "1 KB", "each"), (2, "25 MB", "on
 WORLDS = ((1, LAYOUTS[:2]), (2, LAYOUTS[:1]), (3, LAYOUTS[1:2]), (4, LAYOUTS[::2]))
 
 
+@pytest.mark.long
 def test_every_storage_has_the_same_bits_in_every_layout() -> None:
     expected = {key: found[0] for key, found in _train(0, 1, STORAGES, LAYOUTS[2:]).items()}
     for num_ranks, layouts in WORLDS:

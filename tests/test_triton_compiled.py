@@ -40,6 +40,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.long
 def test_kernels_move_the_minimum_and_spill_nothing(tmp_path: Path) -> None:
     page = tmp_path / "kernels.md"
     done = run(str(TOOL), "--representative", "--out", str(page))
@@ -78,6 +79,7 @@ print("; ".join(tool.faults(tool.REPRESENTATIVE[0], compiled)))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "unaligned", "fault"),
     [

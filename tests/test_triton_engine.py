@@ -85,6 +85,7 @@ STORAGES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", STORAGES, ids=lambda policy: f"{policy.master}-{policy.moments}")
 def test_storages_have_the_references_bits(
     precision: distadam.PrecisionPolicy, monkeypatch: pytest.MonkeyPatch
