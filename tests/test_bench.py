@@ -6,6 +6,7 @@ Times themselves are not tested: the machine decides them.
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from distadam.cli import app
