@@ -13,6 +13,8 @@ from distadam.cli import app
 from distadam.cli.bench_results import Result, Run
 from tests.test_cli import run
 
+pytestmark = pytest.mark.long
+
 
 def test_bench_comm_measures_every_transport_with_the_payload_of_a_rank(tmp_path: Path) -> None:
     path = tmp_path / "comm.json"

@@ -26,6 +26,8 @@ from tests.averaged_oracle import TINY_MB, Averaged, quantise
 from tests.ranks import run_ranks
 from tests.test_unmodified_loops import delayed
 
+pytestmark = pytest.mark.long
+
 RANKS = (1, 2, 3)
 
 

@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'dist
 
 from tests.test_triton import DEVICE, ieee_sqrt, quiet_numpy  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("ieee_sqrt")
+pytestmark = [pytest.mark.usefixtures("ieee_sqrt"), pytest.mark.long]
 
 
 def make_model(dtype: torch.dtype) -> nn.Module:

@@ -28,6 +28,8 @@ import distadam
 from distadam import CommPolicy, PrecisionPolicy
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 IN_NAMESPACE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 
