@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import distadam
@@ -52,7 +53,9 @@ def live_storages() -> dict[int, torch.UntypedStorage]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):
+        if issubclass(type(thing), Tensor) and not issubclass(
+            type(thing), FakeTensor
+        ):  # of other tests in this process
             storage = thing.untyped_storage()
             with contextlib.suppress(RuntimeError):  # a stand-in for a gradient has no memory
                 found[storage.data_ptr()] = storage

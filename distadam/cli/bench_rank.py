@@ -81,6 +81,7 @@ def _sized(
         collectives.stats.clear()
         times = _clock(action, repeats, lambda: collectives.exchange(None, "bench")) if repeats else []
         yield name, times, sum(collectives.stats.payload_nbytes.values()) // (repeats + 1)
+    collectives.exchange(None, "bench")  # peers have read it
     collectives.release(full)
 
 

@@ -110,7 +110,7 @@ class SharedMemory:
         return tensor.data_ptr() in self._common
 
     def release(self, tensor: Tensor) -> None:
-        """Forget memory from `empty`; it goes when nobody maps it any more."""
+        """Forget memory from `empty` that no peer is still to read; it goes when nobody maps it any more."""
         found = self._segments.pop(tensor.data_ptr(), None)
         if found is not None:
             self.mesh.tell(UNMAP, 0, found[1])

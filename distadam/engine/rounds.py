@@ -314,7 +314,7 @@ class BucketGradient:
         return self._sum
 
     def pieces(self) -> Iterator[Tensor]:
-        """Yield this shard's sum over ranks in the compute dtype, in order; once, in place of `summed`.
+        """Return this shard's sum over ranks in the compute dtype, piece by piece; once, in place of `summed`.
 
         Where nothing has asked for the sum yet and the collectives can add up as it is read, it never goes to memory:
         each piece then overwrites the one before. Otherwise there is one piece.
@@ -323,10 +323,9 @@ class BucketGradient:
         fits = self._landing is not None and self._landing.dtype == self.flat.compute_dtype
         taken = self._inflight.pieces() if alone and fits else None
         if taken is None:
-            yield self.summed()
-            return
+            return iter([self.summed()])  # now: what it absorbs may change what is still to be scaled
         self._absorbed = self.launched
-        yield from taken
+        return taken
 
     def raw_sum(self) -> Tensor:
         """Return what `summed` returns, in the 16-bit dtype of the wire where nothing has widened it yet."""
