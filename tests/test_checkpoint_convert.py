@@ -23,6 +23,8 @@ from distadam.cli import app
 from tests.checkpoint_runs import build, digest, train, write
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.long
+
 GOLDEN = Path(__file__).parent / "golden"
 RULES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, distadam.AdamW, {"lr": 1e-2, "amsgrad": True}),

@@ -23,6 +23,8 @@ from distadam.checkpoint import files, job, manifest
 from tests.checkpoint_runs import build, digest, train, write
 from tests.ranks import Pool, RanksFailed, run_ranks
 
+pytestmark = pytest.mark.long
+
 RULE, STORAGE = "adamw", "bf16 fp32 master"
 
 

@@ -22,6 +22,8 @@ from distadam import ConfigError, checkpoint
 from distadam.checkpoint import elastic, files
 from tests.ranks import Pool, RanksFailed, run_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 SAMPLES, BATCH, STEPS = 50, 12, 30  # a batch that an epoch's end cuts, and that 1, 2, 3 and 4 ranks divide
 

@@ -36,7 +36,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'dist
 from distadam.kernels.triton_kernel import TritonKernel
 from tests.test_triton import DEVICE, OPTIONS_TO_RUN, allocate, ieee_sqrt, quiet_numpy, upload  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("ieee_sqrt")
+pytestmark = [pytest.mark.usefixtures("ieee_sqrt"), pytest.mark.long]
 NUMEL = 256 * 9
 # Three parameters: one ends in a block that padding fills, one crosses from one segment of random bits into the next.
 RUNS = [
