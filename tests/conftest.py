@@ -1,7 +1,7 @@
 """One thread for each process: tests use tensors that fit in cache, and several of them run side by side.
 
-Whatever needs three ranks or more is marked ``long``: two show most of it in the time that a person waits; the rest
-runs before anything lands (``make test-long``).
+Whatever needs three ranks or more is marked ``long``: two show most of it in the time that a person waits
+(``make test-long`` runs the rest).
 
 Without a GPU Triton's kernels run in its interpreter, which Triton decides when it is imported.
 """
