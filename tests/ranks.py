@@ -60,13 +60,27 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection, timeou
         except BaseException as error:
             answer = ("error", (type(error).__name__, str(error), traceback.format_exc()))
         gc.collect()
-        connection.send(answer)
+        connection.send((*answer, _num_collectives()))
+
+
+def _num_collectives() -> int:
+    """Return how many collectives this rank has issued on the pool's own group."""
+    import torch
+    import torch.distributed as dist
+
+    world: Any = dist.group.WORLD
+    return int(world._get_backend(torch.device("cpu"))._get_sequence_number_for_group())
 
 
 class Pool:
-    """n ranks in one process group."""
+    """n ranks in one process group. ``uneven`` once ranks have issued different numbers of collectives on it.
+
+    Ranks that stop in the middle of something (an error that a test expects, within Join for one) leave the group so,
+    and the next collective on it would never match.
+    """
 
     def __init__(self, num_ranks: int, timeout_s: float = 60.0) -> None:
+        self.uneven = False
         self._directory = tempfile.TemporaryDirectory()
         store = os.path.join(self._directory.name, "store")
         self._pipes: list[Connection] = []
@@ -94,10 +108,11 @@ class Pool:
                 try:
                     answers[rank] = waiting.pop(rank).recv()
                 except (EOFError, ConnectionError):
-                    answers[rank] = ("error", ("Died", f"rank {rank} died", ""))
+                    answers[rank] = ("error", ("Died", f"rank {rank} died", ""), 0)
         for rank in waiting:
-            answers[rank] = ("error", ("Hang", f"rank {rank} did not answer within {timeout_s} s", ""))
-        failed = {rank: answer for rank, (kind, answer) in sorted(answers.items()) if kind == "error"}
+            answers[rank] = ("error", ("Hang", f"rank {rank} did not answer within {timeout_s} s", ""), 0)
+        failed = {rank: answer for rank, (kind, answer, _) in sorted(answers.items()) if kind == "error"}
+        self.uneven = len({num_collectives for *_, num_collectives in answers.values()}) > 1
         if failed:
             self.close()
             text = "\n".join(f"rank {rank}: {name}: {what}\n{trace}" for rank, (name, what, trace) in failed.items())
@@ -130,9 +145,12 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
     try:
         return pool.run(function, *args, timeout_s=timeout_s)
     except BaseException:
-        _pools.pop(num_ranks, None)
-        pool.close()
+        pool.uneven = True
         raise
+    finally:
+        if pool.uneven:
+            _pools.pop(num_ranks, None)
+            pool.close()
 
 
 @atexit.register

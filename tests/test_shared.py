@@ -81,6 +81,35 @@ def test_peer_that_has_ended_is_named_at_once_and_reads_nothing_more() -> None:
     here.tell(READY, 2)
 
 
+def _end_shows_beside_a_child() -> bool:
+    """Whether a rank's end shows while a child that it forked (a DataLoader's worker) still lives."""
+    here, there = _pair()
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        del there
+        gc.collect()
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:  # the child may not have run yet
+            try:
+                here.wait(READY, 0, 0.05)
+            except RuntimeError as error:
+                if "has ended" in str(error):
+                    return True
+        return False
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_end_of_a_rank_shows_although_children_that_it_forked_live() -> None:
+    assert _end_shows_beside_a_child()
+    with mock.patch.object(mesh_module, "_close_in_children"):
+        assert not _end_shows_beside_a_child()
+
+
 # Memory and collectives -----------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,7 @@ class Mesh:
             self._poll.register(connection, select.POLLIN)
             self._peer_of[connection.fileno()] = peer
         weakref.finalize(self, _close, list(sockets.values()))
+        _close_in_children(self)
 
     def tell(self, kind: int, number: int, segment: int = 0, nbytes: int = 0, descriptor: int | None = None) -> None:
         """Send a message to every peer; never blocks. ``descriptor`` is kept open as long as it is needed."""
@@ -147,11 +148,36 @@ class Mesh:
                 return
             kind, segment, number, nbytes = _MESSAGE.unpack(message)
             if kind == MAP:
+                if not ancillary:
+                    raise RuntimeError(
+                        f"memory of {self._names[peer]} could not be opened: this process has no file descriptor left; "
+                        "raise ulimit -n"
+                    )
                 self.on_map(peer, segment, array.array("i", ancillary[0][2])[0], number, nbytes)
             elif kind == UNMAP:
                 self.on_unmap(peer, segment)
             else:
                 self._segments[kind, number][peer] = segment
+
+
+_meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
+_hooked: list[bool] = []
+
+
+def _close_in_children(mesh: Mesh) -> None:
+    """Have children that are forked later (a DataLoader's workers) close their copies of the sockets.
+
+    Else peers see no end of this rank while a child of it lives.
+    """
+    if not _hooked:
+        os.register_at_fork(after_in_child=_close_copies)  # not at import: importing changes nothing
+        _hooked.append(True)
+    _meshes.add(mesh)
+
+
+def _close_copies() -> None:
+    for mesh in _meshes:
+        _close(list(mesh._sockets.values()))
 
 
 def _ignore_memory(peer: int, segment: int, descriptor: int, number: int, nbytes: int) -> None:

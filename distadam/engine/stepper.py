@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from distadam.layout.layout import format_table
 from distadam.rules import Rule
 
 _MAX_CACHED = 64
+_Choices: TypeAlias = dict[int, tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ class _Work:
     Attributes:
         grad: of the shard from element ``start`` on.
         parts: by parameter group.
-        calls: the kernels that serve them, each with its parts; made again when `select` answers otherwise.
+        calls: the kernels that serve them, each with its parts; made again when ``choices`` are others.
     """
 
     grad: Tensor
     start: int
-    parts: list[GroupRanges]
-    choices: list[str]
+    parts: dict[int, GroupRanges]
+    choices: _Choices
     calls: list[tuple[Kernel, ShardUpdate]]
 
 
@@ -116,10 +117,11 @@ class Stepper:
             loss_scale=_on(loss_scale, flat.device),
             found_inf=_on(found_inf, flat.device),
         )
+        choices = self._choices(flat)
         start = 0
         for grad in pieces:
             observe(grad)
-            for kernel, update in self._calls(self._work_for(flat, grad, start, has), flat):
+            for kernel, update in self._calls(self._work_for(flat, grad, start, has), flat, choices):
                 kernel.update(self.rule, update, scaling)
             start += grad.numel()
         if any(self.param_groups[span.group].get("eps") == 0 for span in flat.bucket.ranges):
@@ -128,12 +130,19 @@ class Stepper:
     def _pieces(self, gradient: BucketGradient) -> Iterator[Tensor]:
         """Return the summed gradient as its kernels take it: Triton reads 16 bits and applies two multipliers."""
         flat = gradient.flat
-        names = {self._select(flat, self.param_groups[span.group]).name for span in flat.bucket.ranges}
+        names = {name for name, _ in self._choices(flat).values()}
         if TRITON not in names:
             return gradient.pieces()
         if len(gradient.multipliers) > 2:
             gradient.average()
         return iter([gradient.raw_sum() if names == {TRITON} else gradient.summed()])
+
+    def _choices(self, flat: FlatBucket) -> _Choices:
+        """Return for each parameter group of the bucket its kernel's name and its states' names, as options are now."""
+        groups = {span.group: self.param_groups[span.group] for span in flat.bucket.ranges}
+        return {
+            index: (self._select(flat, group).name, self.rule.state_names(group)) for index, group in groups.items()
+        }
 
     def _count_steps(self, flat: FlatBucket, has: bytes, found_inf: Tensor | None) -> None:
         if flat.steps._version != flat.steps_version:  # the user wrote to optimizer.state[p]["step"]
@@ -211,7 +220,7 @@ class Stepper:
 
     def _make_work(self, flat: FlatBucket, grad: Tensor, start: int, has: bytes) -> _Work:
         """Return what to update with ``grad``, which is that of the shard from ``start`` on."""
-        parts = []
+        parts: dict[int, GroupRanges] = {}
         end = start + grad.numel()
         for group_range in flat.bucket.ranges:
             pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
@@ -235,23 +244,22 @@ class Stepper:
                 first=[None] * len(spans),
                 padding=padding,
             )
-            parts.append(part)
-        return _Work(grad, start, parts, [], [])
+            parts[group_range.group] = part
+        return _Work(grad, start, parts, {}, [])
 
-    def _calls(self, work: _Work, flat: FlatBucket) -> list[tuple[Kernel, ShardUpdate]]:
-        """Return the kernel calls of this step: one for each kernel that `select` chooses for some group."""
-        choices = [self._select(flat, part.group).name for part in work.parts]
-        names = [self.rule.state_names(part.group) for part in work.parts]
+    def _calls(self, work: _Work, flat: FlatBucket, choices: _Choices) -> list[tuple[Kernel, ShardUpdate]]:
+        """Return the kernel calls of this step: one for each kernel that serves some group."""
         if self.rule.name == "sgd":
             on_host = flat.device.type == "cpu"
-            for part, group_names in zip(work.parts, names, strict=True):
-                if group_names:
+            for index, part in work.parts.items():
+                if choices[index][1]:
                     part.first = [float(step) == 1.0 if on_host else None for step in part.steps]
-        states = {name: flat.state(name) for group_names in names for name in group_names}
-        if choices == work.choices and all(update.states.keys() == states.keys() for _, update in work.calls):
+        if choices == work.choices:
             return work.calls
+        names = dict.fromkeys(name for index in work.parts for name in choices[index][1])
+        states = {name: flat.state(name) for name in names}
         work.choices, work.calls = choices, []
-        for name in dict.fromkeys(choices):
+        for kernel in dict.fromkeys(choices[index][0] for index in work.parts):
             update = ShardUpdate(
                 weights=flat.weights,
                 states=states,
@@ -259,9 +267,9 @@ class Stepper:
                 start=work.start,
                 compute_dtype=flat.compute_dtype,
                 steps=flat.steps,
-                ranges=[part for part, choice in zip(work.parts, choices, strict=True) if choice == name],
+                ranges=[part for index, part in work.parts.items() if choices[index][0] == kernel],
             )
-            work.calls.append((self._kernel(name), update))
+            work.calls.append((self._kernel(kernel), update))
         return work.calls
 
     def _select(self, flat: FlatBucket, group: Mapping[str, Any]) -> Choice:

@@ -154,27 +154,12 @@ class StochasticWeights:
         return {}
 
 
-class RoundedWeights:
+class RoundedWeights(OwnWeights):
     """A 16-bit parameter without a master, rounded to nearest even: updates below half its precision are lost."""
 
     name = "none"
     stores = True
-    direct: Tensor | None = None
 
     def __init__(self, param_shard: Tensor) -> None:
-        self.param_shard = param_shard
-
-    def load(self, start: int, end: int, out: Tensor, temporary: Temporary) -> None:
-        """Widen the parameter."""
-        out.copy_(self.param_shard[start:end])
-
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
-        """Round to nearest even."""
-        self.param_shard[start:end].copy_(value)
-
-    def reload(self, written: Sequence[Span]) -> None:
-        """Do nothing: there is one copy."""
-
-    def stored(self) -> Mapping[str, StoredTensor]:
-        """Return nothing: all is in the parameter."""
-        return {}
+        super().__init__(param_shard)
+        self.direct = None  # the update works on a wider copy
