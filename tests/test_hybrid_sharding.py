@@ -144,6 +144,7 @@ def _train_with_any_completion(rank: int, seed: int, expected: dict[tuple[str, i
         return train(rank, 4, cases, expected, **shard)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_grid_has_the_same_bits_when_reductions_end_in_any_order(seed: int) -> None:
     """The pool of stage 2 waits for whichever buffer is free first; replicas must still reduce in one order."""
