@@ -124,6 +124,7 @@ def test_launch_prints_first_failing_ranks_traceback_first(script):
     assert "runpy" not in done.stderr
 
 
+@pytest.mark.long
 def test_launch_ends_other_ranks_and_returns_exit_code_of_first(script):
     path = script("if rank == 1:\n    sys.exit(7)\ntime.sleep(600)\n")
     began = time.monotonic()
@@ -145,6 +146,7 @@ def test_launch_reports_crash_before_what_it_causes(script):
     assert "rank 1 failed first (exit code 139): signal SIGSEGV" in done.stderr
 
 
+@pytest.mark.long
 def test_launch_starts_again_after_failure(script):
     path = script("attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\nprint('attempt', attempt)\n1 / attempt\n")
     done = run("launch", "--nproc", "1", "--max-restarts", "1", path)
@@ -171,7 +173,7 @@ def test_launch_runs_module():
     assert done.stdout.splitlines()[0].split() == ["[0]", "February", "2000"]
 
 
-@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_launch_ends_ranks_when_interrupted(script, interrupt):
     path = script("print(os.getpid(), flush=True)\ntime.sleep(600)\n")
     launcher = subprocess.Popen(
