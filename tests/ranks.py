@@ -19,6 +19,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+MOST_GROUPS = 12  # gloo's threads wake a hundred times a second each: hundreds of left groups would take a whole core
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.testing", "torch._dynamo", "distadam"])
 
@@ -60,7 +62,7 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection, timeou
         except BaseException as error:
             answer = ("error", (type(error).__name__, str(error), traceback.format_exc()))
         gc.collect()
-        connection.send((*answer, _num_collectives()))
+        connection.send((*answer, _num_collectives(), len(dist.distributed_c10d._world.pg_map)))
 
 
 def _num_collectives() -> int:
@@ -73,14 +75,15 @@ def _num_collectives() -> int:
 
 
 class Pool:
-    """n ranks in one process group. ``uneven`` once ranks have issued different numbers of collectives on it.
+    """n ranks in one process group, ``worn`` once the next test is better off with another pool.
 
-    Ranks that stop in the middle of something (an error that a test expects, within Join for one) leave the group so,
-    and the next collective on it would never match.
+    That is so when ranks have issued different numbers of collectives on the group (they stopped in the middle of
+    something, with an error that a test expects: the next collective would never match), and when tests have left more
+    than ``MOST_GROUPS`` groups behind.
     """
 
     def __init__(self, num_ranks: int, timeout_s: float = 60.0) -> None:
-        self.uneven = False
+        self.worn = False
         self._directory = tempfile.TemporaryDirectory()
         store = os.path.join(self._directory.name, "store")
         self._pipes: list[Connection] = []
@@ -108,11 +111,12 @@ class Pool:
                 try:
                     answers[rank] = waiting.pop(rank).recv()
                 except (EOFError, ConnectionError):
-                    answers[rank] = ("error", ("Died", f"rank {rank} died", ""), 0)
+                    answers[rank] = ("error", ("Died", f"rank {rank} died", ""), 0, 0)
         for rank in waiting:
-            answers[rank] = ("error", ("Hang", f"rank {rank} did not answer within {timeout_s} s", ""), 0)
-        failed = {rank: answer for rank, (kind, answer, _) in sorted(answers.items()) if kind == "error"}
-        self.uneven = len({num_collectives for *_, num_collectives in answers.values()}) > 1
+            answers[rank] = ("error", ("Hang", f"rank {rank} did not answer within {timeout_s} s", ""), 0, 0)
+        failed = {rank: answer for rank, (kind, answer, *_) in sorted(answers.items()) if kind == "error"}
+        uneven = len({num_collectives for *_, num_collectives, _ in answers.values()}) > 1
+        self.worn = uneven or any(num_groups > MOST_GROUPS for *_, num_groups in answers.values())
         if failed:
             self.close()
             text = "\n".join(f"rank {rank}: {name}: {what}\n{trace}" for rank, (name, what, trace) in failed.items())
@@ -145,10 +149,10 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
     try:
         return pool.run(function, *args, timeout_s=timeout_s)
     except BaseException:
-        pool.uneven = True
+        pool.worn = True
         raise
     finally:
-        if pool.uneven:
+        if pool.worn:
             _pools.pop(num_ranks, None)
             pool.close()
 
