@@ -137,7 +137,9 @@ def _train_in_step(rank: int, num_ranks: int, rule: str) -> tuple[list[str], flo
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("rule", OPTIONS)
+@pytest.mark.parametrize(
+    "rule", [rule if rule in ("adamw", "sgd") else pytest.param(rule, marks=pytest.mark.long) for rule in OPTIONS]
+)
 def test_step_is_that_of_ddp_within_the_bound(rule: str, num_ranks: int) -> None:
     for found, worst_grad, worst_result in run_ranks(num_ranks, _train_in_step, num_ranks, rule):
         assert not found

@@ -67,6 +67,7 @@ def await_peer():
     return write
 
 
+@pytest.mark.long
 def test_launch_prefixes_every_line_with_its_rank(script):
     path = script(
         "print('one'); print('two', end='', flush=True); time.sleep(0.3); print(' halves')\n"
@@ -97,6 +98,7 @@ def test_launch_sets_up_each_rank_and_says_so(script):
         assert f"{name}={value}" in announced
 
 
+@pytest.mark.long
 def test_launch_keeps_variables_that_are_set(script):
     path = script("print(os.environ['OMP_NUM_THREADS'], os.environ['MALLOC_TOP_PAD_'])\n")
     done = run("launch", "--nproc", "1", path, OMP_NUM_THREADS="5", MALLOC_TOP_PAD_="1")
@@ -122,6 +124,7 @@ def test_launch_prints_first_failing_ranks_traceback_first(script):
     assert "runpy" not in done.stderr
 
 
+@pytest.mark.long
 def test_launch_ends_other_ranks_and_returns_exit_code_of_first(script):
     path = script("if rank == 1:\n    sys.exit(7)\ntime.sleep(600)\n")
     began = time.monotonic()
@@ -143,6 +146,7 @@ def test_launch_reports_crash_before_what_it_causes(script):
     assert "rank 1 failed first (exit code 139): signal SIGSEGV" in done.stderr
 
 
+@pytest.mark.long
 def test_launch_starts_again_after_failure(script):
     path = script("attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\nprint('attempt', attempt)\n1 / attempt\n")
     done = run("launch", "--nproc", "1", "--max-restarts", "1", path)
@@ -151,6 +155,7 @@ def test_launch_starts_again_after_failure(script):
     assert "[0] ZeroDivisionError: division by zero" in done.stderr
 
 
+@pytest.mark.long
 def test_launch_keeps_logs_where_it_is_told(script, tmp_path):
     done = run(
         "launch", "--nproc", "2", "--log-dir", str(tmp_path / "logs"), script("print('kept', rank)\nassert rank\n")
@@ -161,13 +166,14 @@ def test_launch_keeps_logs_where_it_is_told(script, tmp_path):
     assert f"logs in {tmp_path / 'logs'}" in done.stderr
 
 
+@pytest.mark.long
 def test_launch_runs_module():
     done = run("launch", "--nproc", "1", "-m", "calendar", "2000", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split() == ["[0]", "February", "2000"]
 
 
-@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_launch_ends_ranks_when_interrupted(script, interrupt):
     path = script("print(os.getpid(), flush=True)\ntime.sleep(600)\n")
     launcher = subprocess.Popen(
@@ -193,6 +199,7 @@ def test_launch_ends_ranks_when_interrupted(script, interrupt):
             os.kill(pid, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

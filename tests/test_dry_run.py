@@ -94,8 +94,8 @@ def train(kind: str, num_ranks: int, dtype: torch.dtype, steps: int = 3, **polic
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("num_ranks", [2, 3, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.long), 3, 4096])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16])
 def test_step_never_syncs_at_any_world_size(kind: str, num_ranks: int, dtype: torch.dtype) -> None:
     assert train(kind, num_ranks, dtype, comm=distadam.CommPolicy(bucket_mb=0.03))
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SIZES = {"--batch-size": 8, "--seq-len": 32, "--layers": 1, "--heads": 2, "--width": 32, "--sample-bytes": 40}
 LENGTH = {"--steps": 30, "--log-every": 5, "--eval-every": 15, "--eval-batches": 2}
+LONG = pytest.mark.long
 SMALL = [str(part) for option in (SIZES | LENGTH).items() for part in option]
 
 
@@ -83,7 +84,8 @@ def test_01_one_process_learns_as_torch_does():
     assert abs(float(ours[3]) - float(theirs[3])) < 2
 
 
-@pytest.mark.parametrize("start", [one, launched, pytest.param(torchrun, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [one, launched, torchrun])
 def test_02_two_processes_ends_with_equal_weights(start):
     printed = start("02_two_processes.py")
     right = [int(share) for share in re.findall(r"(\d+)% of sums right", printed)]
@@ -97,14 +99,16 @@ def test_02_two_processes_ends_with_equal_weights(start):
     assert all(moments_and_steps / len(ends) <= nbytes < moments_and_steps / len(ends) + 2048 for nbytes in state)
 
 
-@pytest.mark.parametrize("start", [one, pytest.param(launched, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [one, launched])
 def test_03_mixed_precision_learns_every_way(start):
     losses = re.findall(r"loss (\S+) -> (\S+)", start("03_mixed_precision.py"))
     assert len(losses) == 4
     assert all(float(last) < 1e-3 < 0.05 < float(first) for first, last in losses)
 
 
-@pytest.mark.parametrize("start", [one, pytest.param(launched, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [one, launched])
 def test_04_accumulation_clipping_gives_same_result_with_both_clips(start):
     rows = re.findall(r"loss (\S+) -> (\S+), first norm (\S+), last (\S+)", start("04_accumulation_clipping.py"))
     own, torchs = [[float(value) for value in row] for row in rows]
@@ -112,6 +116,7 @@ def test_04_accumulation_clipping_gives_same_result_with_both_clips(start):
     assert own[1] < 0.1 < own[0]
 
 
+@pytest.mark.long
 def test_05_resume_on_more_ranks_ends_as_a_run_that_never_stopped(tmp_path):
     script = "05_resume_on_more_ranks.py"
     first = one(script, "--until", "30", "--directory", str(tmp_path / "a"))
@@ -147,11 +152,11 @@ def reference(references, tmp_path_factory):
 @pytest.mark.parametrize(
     ("optimizer", "start"),
     [
-        pytest.param("adamw", launched, marks=pytest.mark.long),
         ("adamw", one),
-        ("sgd", torchrun),
-        ("rmsprop", one),
-        ("adam", one),
+        pytest.param("adamw", launched, marks=LONG),
+        pytest.param("sgd", torchrun, marks=LONG),
+        pytest.param("rmsprop", one, marks=LONG),
+        pytest.param("adam", one, marks=LONG),
     ],
 )
 def test_train_gpt_learns_as_torch_does(optimizer, start, reference, tmp_path):
@@ -204,6 +209,7 @@ def test_train_gpt_says_how_to_get_matplotlib(monkeypatch, tmp_path):
     assert "pip install distadam[plot]" in train_gpt.plot_curves([tmp_path], tmp_path / "curve.png")
 
 
+@pytest.mark.long
 def test_train_gpt_refuses_batch_that_does_not_divide():
     command = [sys.executable, "-m", "distadam", "launch", "--nproc", "2", "examples/train_gpt.py", "--batch-size", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)

@@ -258,7 +258,7 @@ def _lose_a_peer(rank: int, lost: int, how: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.long)])
 def test_peer_that_is_gone_is_a_comm_error_on_the_others_within_the_timeout(how: str) -> None:
     pool = Pool(3)
     try:

@@ -416,6 +416,7 @@ def _run_mutated(rank: int, mutation: str, seeds: Sequence[int]) -> list[str]:
         return run_seeds(rank, 2, seeds)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_random_runs_fail_when(mutation: str) -> None:
     assert all(run_ranks(2, _run_mutated, mutation, list(range(16)))), "every rank must see it"

@@ -84,7 +84,13 @@ def _train_on_grid(
     return found, optimizer.layout.num_shards, optimizer.memory_report().nbytes["moments"]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        grid if grid in ("rows x columns", "mesh 2 x 2") else pytest.param(grid, marks=pytest.mark.long)
+        for grid in GRIDS
+    ],
+)
 def test_grid_has_the_bits_of_pure_sharding(grid: str) -> None:
     # The grid "mesh 4" is pure sharding; all are compared with the same result of one process.
     cases = [
@@ -144,6 +150,7 @@ def _train_with_any_completion(rank: int, seed: int, expected: dict[tuple[str, i
         return train(rank, 4, cases, expected, **shard)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_grid_has_the_same_bits_when_reductions_end_in_any_order(seed: int) -> None:
     """The pool of stage 2 waits for whichever buffer is free first; replicas must still reduce in one order."""

@@ -446,7 +446,12 @@ def _lose_a_peer(rank: int, phase: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "how"), [*((phase, "killed") for phase in PHASES), ("backward", "stopped"), ("gather", "stopped")]
+    ("phase", "how"),
+    [
+        *((phase, "killed") for phase in PHASES),
+        ("backward", "stopped"),
+        pytest.param("gather", "stopped", marks=pytest.mark.long),
+    ],
 )
 def test_peer_that_is_gone_is_a_comm_error_on_the_others(phase: str, how: str) -> None:
     pool = Pool(2, timeout_s=2.0)
