@@ -379,7 +379,7 @@ def self_test(rank_number: int, fault: str, directory: str) -> list[dict[str, ob
     ("fault", "check", "words"),
     [
         ("none", "", ""),
-        ("sums", "self_test.collectives", "wrong sums"),
+        ("sums", "self_test.collectives", "wrong"),
         ("step", "self_test.step", "differs from torch.optim.AdamW's"),
         ("clock", "self_test.clock", "rank 1"),
         ("versions", "versions.torch_differs", "on rank 1"),
