@@ -20,7 +20,7 @@ TRAIN := examples/train_gpt.py
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 
-.PHONY: help setup demo test lint types tests test-long test-slow bench kernels format clean
+.PHONY: help setup demo test lint types tests test-long test-slow test-cluster bench kernels format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,8 +56,8 @@ test: setup ## Lint, types and all tests; each runs even when one before it fail
 lint: setup ## Style: ruff, and shellcheck where it is installed.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@bash -n launch/*.sh .ci/run
-	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; else echo "shellcheck: not installed, skipped"; fi
+	@bash -n launch/*.sh launch/*.sbatch .ci/run
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch .ci/run; else echo "shellcheck: not installed, skipped"; fi
 
 types: setup ## mypy, strict, on the package.
 	@$(BIN)/mypy
@@ -70,6 +70,13 @@ test-long: setup ## What `make test` leaves out for time: three ranks and more, 
 
 test-slow: setup ## The long tests: every pair of rank counts with every rule and storage, 50 killed saves.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-cluster: setup ## A real Slurm of virtual nodes; as root it installs what is missing from Debian.
+	@if ! { command -v slurmctld && command -v munged; } >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
+	  else echo "test-cluster: missing slurm-wlm and munge (Debian's packages), or root to install them"; exit 1; fi; fi
+	@$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 # The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.
 $(PEERS_READY): $(READY)

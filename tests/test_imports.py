@@ -22,7 +22,7 @@ import distadam
 PACKAGE = Path(distadam.__file__).parent
 
 # errors < policies < {layout, comm, rules, precision: never each other} < kernels < engine < {api -> optimizer;
-# checkpoint} < diagnostics < cli
+# checkpoint} < {diagnostics, doctor} < cli
 BASE = {"errors", "policies"}
 MIDDLE = {"layout", "comm", "rules", "precision"}
 CORE = BASE | MIDDLE | {"kernels", "engine"}
@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "api": CORE | {"optimizer"},
     "checkpoint": CORE,
     "diagnostics": CORE | {"optimizer", "api", "checkpoint", "distadam"},
-    "cli": CORE | {"optimizer", "api", "checkpoint", "diagnostics", "distadam"},
+    "doctor": CORE | {"distadam"},
+    "cli": CORE | {"optimizer", "api", "checkpoint", "diagnostics", "doctor", "distadam"},
     "__main__": {"cli"},
     "distadam": CORE | {"optimizer", "api", "checkpoint", "diagnostics"},
 }

@@ -7,6 +7,7 @@ import typer
 
 from distadam.cli.bench import bench
 from distadam.cli.checkpoint import app as checkpoint
+from distadam.cli.doctor import doctor
 from distadam.cli.launch import launch
 
 __all__ = ["app", "main"]
@@ -27,6 +28,7 @@ def _root() -> None:
 
 # Everything behind the script belongs to the script, options included.
 app.command(context_settings={"allow_interspersed_args": False})(launch)
+app.command()(doctor)
 app.add_typer(bench)
 app.add_typer(checkpoint)
 

@@ -1,0 +1,81 @@
+"""``sbatch launch/slurm.sbatch`` on a real Slurm of two virtual nodes: starts, saves when told to, starts again."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Cluster, missing
+
+ROOT = Path(__file__).parents[2]
+
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    if missing():
+        pytest.skip(missing())
+    (tmp_path / "slurm").mkdir()
+    with Cluster(tmp_path / "slurm") as started:
+        yield started
+
+
+def until(met: Callable[[], bool], what: Callable[[], str], seconds: float = 150.0) -> None:
+    ends = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < ends, what()
+        time.sleep(0.3)
+
+
+STUB = """#!/usr/bin/env bash
+echo "node $SLURM_NODEID, start $SLURM_RESTART_COUNT, patience $TORCH_ELASTIC_SHUTDOWN_TIMEOUT: $*"
+trap 'echo "node $SLURM_NODEID saved"; exit 143' TERM
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then for i in $(seq 600); do sleep 0.1; done; exit 9; fi
+echo "node $SLURM_NODEID done"
+"""
+
+
+def test_sbatch_starts_torchrun_on_every_node_and_goes_back_into_the_queue_after_usr1(cluster, tmp_path):
+    """In Python's place stands a script that says how it was called: Slurm and `slurm.sbatch` alone, without torch."""
+    stub, output = tmp_path / "python", tmp_path / "job.out"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def said() -> str:
+        return output.read_text() if output.exists() else ""
+
+    options = ["--parsable", f"--output={output}", f"--chdir={tmp_path}", str(ROOT / "launch/slurm.sbatch")]
+    job = cluster.run("sbatch", *options, "train.py", "--name", "a b", "$x", PYTHON=str(stub), NPROC="3").strip()
+    until(lambda: said().count(", patience 240:") == 2, said, 60)
+    for node in (0, 1):
+        port = 20000 + int(job) % 10000
+        meeting = f"--master-addr n1 --master-port {port} --node-rank {node} train.py --name a b $x"
+        assert f"-m torch.distributed.run --nnodes 2 --nproc-per-node 3 {meeting}\n" in said()
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@300 does near the time limit
+    until(lambda: cluster.state(job) == "PENDING", said, 60)
+    assert "node 0 saved" in said()
+    assert "node 1 saved" in said()
+    start_now(cluster, job)
+    until(lambda: cluster.state(job) == "COMPLETED", said, 60)
+    assert f"job {job}, start 2, nodes n[1-2]" in said()
+    assert "node 0 done" in said()
+    assert "node 1 done" in said()
+
+
+def start_now(cluster: Cluster, job: str) -> None:
+    """Spare the two minutes that Slurm would wait before it starts a requeued job."""
+
+    def asked() -> bool:
+        try:
+            cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        except subprocess.CalledProcessError:  # it is still completing
+            return False
+        return True
+
+    until(asked, lambda: cluster.run("scontrol", "show", "job", job), 60)
