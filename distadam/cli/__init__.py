@@ -8,6 +8,7 @@ import typer
 from distadam.cli.bench import bench
 from distadam.cli.checkpoint import app as checkpoint
 from distadam.cli.launch import launch
+from distadam.cli.report import report
 
 __all__ = ["app", "main"]
 
@@ -29,6 +30,7 @@ def _root() -> None:
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(bench)
 app.add_typer(checkpoint)
+app.command()(report)
 
 
 def main() -> None:
