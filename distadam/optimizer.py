@@ -25,6 +25,7 @@ from distadam.engine.gradients import ShardedGradient, register_foreach
 from distadam.engine.guard import ParameterGuard
 from distadam.engine.ledger import Ledger, MemoryReport
 from distadam.engine.norms import StepNorm
+from distadam.engine.observe import Observer, observe
 from distadam.engine.operations import GradientOperations
 from distadam.engine.reducer import Reducer, joined_error
 from distadam.engine.shadow import ShadowHook
@@ -505,6 +506,17 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
     def comm_stats(self) -> CollectiveStats:
         """Calls and payload bytes of this rank's collectives since construction or ``clear()``."""
         return self._collectives.stats
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell ``observer`` what backward and `step` do, and when (`distadam.diagnostics.timeline` is one).
+
+        Returns:
+            What ends it and leaves nothing behind.
+
+        Raises:
+            UsageError: somebody observes this optimizer already.
+        """
+        return observe(observer, self._reducer, self._stepper, self._collectives)
 
     # Building --------------------------------------------------------------------------------------------------------
 

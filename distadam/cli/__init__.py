@@ -9,6 +9,7 @@ from distadam.cli.bench import bench
 from distadam.cli.checkpoint import app as checkpoint
 from distadam.cli.doctor import doctor
 from distadam.cli.launch import launch
+from distadam.cli.report import report
 
 __all__ = ["app", "main"]
 
@@ -31,6 +32,7 @@ app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(doctor)
 app.add_typer(bench)
 app.add_typer(checkpoint)
+app.command()(report)
 
 
 def main() -> None:

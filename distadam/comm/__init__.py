@@ -4,6 +4,7 @@ from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
 from distadam.comm.buffers import broadcast_buffers
+from distadam.comm.clock import Clock, Mark
 from distadam.comm.collectives import Collectives, CollectiveStats
 from distadam.comm.groups import Groups
 from distadam.comm.join import Join, Joinable, JoinHook
@@ -12,6 +13,7 @@ from distadam.comm.streams import DONE, Pending, Streams
 
 __all__ = [
     "DONE",
+    "Clock",
     "CollectiveStats",
     "Collectives",
     "DistributedDataParallel",
@@ -19,6 +21,7 @@ __all__ = [
     "Join",
     "JoinHook",
     "Joinable",
+    "Mark",
     "Pending",
     "ReduceOp",
     "RunInfo",

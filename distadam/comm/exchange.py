@@ -44,10 +44,17 @@ class Job:
         self._running = threading.Lock()
         self._running.acquire()
         self._error: Exception | None = None
+        self._listeners: list[Callable[[], object]] = []
 
     def is_completed(self) -> bool:
         """Say whether waiting would return at once."""
         return not self._running.locked()
+
+    def when_done(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called by the thread that finishes the job; here and now as well if it just has."""
+        self._listeners.append(call)
+        if self.is_completed():
+            call()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the result is there. The timeout is that of each send and receive, which the worker waits for.
@@ -65,6 +72,8 @@ class Job:
         """Let `wait` return, or raise."""
         self._error = error
         self._running.release()
+        for call in self._listeners:
+            call()
 
 
 Peers = Sequence[tuple[int, Tensor]]

@@ -239,6 +239,8 @@ class _Reading:
         segment: where this rank's buffer is.
     """
 
+    on_demand = True
+
     def __init__(self, over: Shared, segment: int) -> None:
         self._over = over
         self._number = over.memory.next_number()

@@ -66,6 +66,24 @@ class Pending:
         """The part after which the input buffer is free: waiting for it launches nothing."""
         return self if self._reading is None else self._reading
 
+    @property
+    def on_demand(self) -> bool:
+        """Whether nothing moves until somebody waits: the thread that waits does the work."""
+        return bool(getattr(self._work, "on_demand", False))
+
+    def when_done(self, call: Callable[[], object]) -> bool:
+        """Have ``call`` called, perhaps twice, by the thread that completes the work; say whether there is one."""
+        tell: Callable[[Callable[[], object]], None] | None = getattr(self._work, "when_done", None)
+        if tell is None:
+            return False
+        tell(call)
+        return True
+
+    def follow(self) -> None:
+        """Make the current stream of a CUDA device wait, and leave everything as it is for who waits later."""
+        if self._work is not None:
+            self._work.wait()
+
     def pieces(self) -> Iterator[Tensor] | None:
         """Return the result of a reduce-scatter piece by piece, or None where it can only be had whole.
 
