@@ -34,7 +34,7 @@
     against fp32 moments (2 seeds, 400 steps): exp_avg_sq to nearest +1.5% with beta2 = 0.98 and -0.8% with 0.999, an
     effect of a wrong step size. As it is here, both stochastically: -0.04% (5 seeds, benchmarks/results).
 
-The host works on the upper 16 bits, where the same steps are 1/16 of these and half the memory.
+The host counts in int16, half the memory: levels, and where they are read the upper 16 bits, 16 times a level.
 
 Source: https://arxiv.org/abs/2110.02861 (block-wise scales, and why codes must reach small magnitudes).
 """
@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from distadam.precision.counters import BLOCK
-from distadam.precision.rounding import halves, is_tame
+from distadam.precision.rounding import is_tame
 from distadam.precision.storage import Temporary
 
 SIGNED_LEVELS = 127
@@ -55,8 +55,8 @@ UNSIGNED_LEVELS = 255
 NEAREST = 0x80000
 """d of [Note: 8-bit moments] that rounds to nearest, away from zero in ties."""
 
-_WORK, _SIGNS, _NONZERO, _BYTES = 0, 1, 2, 3
-"""Scratch indices."""
+_WORK, _SIGNS, _BYTES, _BLOCKS = 0, 1, 2, 3
+"""Scratch indices; of words for each block, `_BLOCKS` and the one after."""
 
 
 def prepare_(value: Tensor) -> Tensor:
@@ -70,45 +70,53 @@ def encode(bits: Tensor, levels: int, codes: Tensor, scales: Tensor, temporary: 
     """Store numbers in 8 bits; see [Note: 8-bit moments].
 
     Args:
-        bits: int32, shape (256 k,): the numbers' bits with d added.
+        bits: int32, shape (256 k,): the numbers' bits with d added; overwritten.
         levels: `SIGNED_LEVELS` or `UNSIGNED_LEVELS`.
         codes: uint8, shape (256 k,).
         scales: float32, shape (k,).
         temporary: Lends scratch.
     """
-    numel = bits.numel()
-    work = temporary(_WORK, numel, torch.int16)
-    torch.bitwise_and(halves(bits)[0], 0x7FFF, out=work)
-    blocks = work.view(-1, BLOCK)
-    largest = blocks.amax(1).int().bitwise_right_shift_(4)
-    exponent = (largest + 7).bitwise_and_(~7).clamp_(min=256).mul_(largest != 0).bitwise_left_shift_(20)
-    scales.copy_(exponent.masked_fill_(largest > 2032, 0x7FC00000).view(torch.float32))
-    blocks.sub_(_bases(scales, levels))
-    codes.copy_(work.clamp_(min=0).bitwise_right_shift_(4))
+    numel, num_blocks = bits.numel(), scales.numel()
+    work = temporary(_WORK, numel, torch.int16).copy_(bits.bitwise_right_shift_(20))
     if levels == SIGNED_LEVELS:
-        signs = temporary(_BYTES, numel, torch.uint8).copy_(bits.view(torch.uint8)[3::4])
-        codes.bitwise_or_(signs.bitwise_and_(0x80))
+        minus = torch.bitwise_right_shift(work, 15, out=temporary(_SIGNS, numel, torch.int16))  # 0 or -1
+    work.bitwise_and_(0x7FF)
+    blocks = work.view(-1, BLOCK)
+    largest = torch.amax(blocks, 1, out=temporary(_BLOCKS, num_blocks, torch.int16))
+    units = temporary(_BLOCKS, num_blocks, torch.int32).copy_(largest)
+    nonzero = torch.clamp(units, max=1, out=temporary(_BLOCKS + 1, num_blocks, torch.int32))
+    is_finite = bool(largest.max() <= 2032) if bits.device.type == "cpu" else None
+    exponents = torch.add(units, 7, out=scales.view(torch.int32))
+    exponents.bitwise_and_(~7).clamp_(min=256).mul_(nonzero).bitwise_left_shift_(20)
+    if not is_finite:
+        exponents.masked_fill_(units > 2032, 0x7FC00000)
+    blocks.sub_(_bases(scales, levels, 1, temporary, torch.int16)).clamp_(min=0)
+    if levels == SIGNED_LEVELS:
+        work.add_(minus, alpha=-0x80)
+    codes.copy_(work)
 
 
 def decode(codes: Tensor, scales: Tensor, levels: int, out: Tensor, temporary: Temporary) -> None:
     """Write the numbers of codes to ``out``, float32; other arguments as `encode`."""
     numel = out.numel()
-    work = temporary(_WORK, numel, torch.int16).copy_(codes)
-    blocks = work.view(-1, BLOCK)
-    bases = _bases(scales, levels)
     if levels == SIGNED_LEVELS:
-        signs = torch.mul(work, 256, out=temporary(_SIGNS, numel, torch.int16)).bitwise_and_(-0x8000)
-        work.bitwise_and_(0x7F)
-        nonzero = torch.clamp(work, max=1, out=temporary(_NONZERO, numel, torch.int16))
-        torch.add(bases, blocks, alpha=16, out=blocks)
-        work.mul_(nonzero).bitwise_or_(signs)
+        # As int8 a code is its level less 128 if it is negative, and 0xf87f leaves the level less 2048: 16 times that
+        # has a sign bit where the upper half of a float has it.
+        work = temporary(_WORK, numel, torch.int16).copy_(codes.view(torch.int8)).bitwise_and_(0xF87F - 0x10000)
+        nonzero = torch.bitwise_and(codes, 0x7F, out=temporary(_BYTES, numel, torch.uint8)).clamp_(max=1)
+        bases = temporary(_SIGNS, numel, torch.int16).copy_(nonzero)
+        bases.view(-1, BLOCK).mul_(_bases(scales, levels, 16, temporary, torch.int16))
+        out.copy_(torch.add(bases, work, alpha=16, out=work).view(torch.bfloat16))
     else:
-        torch.add(bases, blocks, alpha=16, out=blocks)
-    out.copy_(work.view(torch.bfloat16))
+        blocks = out.view(torch.int32).copy_(codes).view(-1, BLOCK)
+        torch.add(_bases(scales, levels, 1 << 20, temporary, torch.int32), blocks, alpha=1 << 20, out=blocks)
     if scales.device.type != "cpu" or not math.isfinite(scales.sum()):
         out.view(-1, BLOCK).masked_fill_(torch.isnan(scales).view(-1, 1), math.nan)
 
 
-def _bases(scales: Tensor, levels: int) -> Tensor:
-    """Return 16 * base for each block, int16, shape (blocks, 1)."""
-    return ((scales.view(torch.int32) >> 20).sub_(levels).clamp_(min=0) * 16).to(torch.int16).view(-1, 1)
+def _bases(scales: Tensor, levels: int, factor: int, temporary: Temporary, dtype: torch.dtype) -> Tensor:
+    """Return ``factor`` times base for each block, shape (blocks, 1)."""
+    words = temporary(_BLOCKS, scales.numel(), torch.int32)
+    torch.bitwise_right_shift(scales.view(torch.int32), 20, out=words)
+    words.sub_(levels).clamp_(min=0).mul_(factor)
+    return (words if dtype == torch.int32 else temporary(_BLOCKS, scales.numel(), dtype).copy_(words)).view(-1, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distadam.rules.rule import TERM, Rule, add_weight_decay_, ewa_, ewa_of_square_, is_zero, sqrt_into
+from distadam.rules.rule import TERM, Rule, add_quotient_, add_weight_decay_, ewa_, ewa_of_square_, is_zero, sqrt_into
 from distadam.rules.scalars import Scalars
 from distadam.rules.scratch import Scratch
 
@@ -85,6 +85,5 @@ class Adam(Rule):
         denominator = term
         sqrt_into(exp_avg_sq, out=denominator)
         denominator.add_(coefficient(eps))
-        # The gradient is spent: its memory takes the quotient, which saves a second temporary.
-        quotient = torch.mul(exp_avg, coefficient(scalars.neg(step_size)), out=grad)
-        weight.add_(quotient.div_(denominator))
+        # The gradient is spent: its memory may take the quotient, which saves a second temporary.
+        add_quotient_(weight, exp_avg, coefficient(scalars.neg(step_size)), denominator, grad)

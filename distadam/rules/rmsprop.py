@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distadam.rules.rule import TERM, Rule, add_weight_decay_, ewa_, ewa_of_square_, is_zero, sqrt_into
+from distadam.rules.rule import (
+    TERM,
+    Rule,
+    add_quotient_,
+    add_scaled_,
+    add_weight_decay_,
+    ewa_,
+    ewa_of_square_,
+    is_zero,
+    sqrt_into,
+)
 from distadam.rules.scalars import Scalars
 from distadam.rules.scratch import Scratch
 
@@ -74,6 +84,6 @@ class RmsProp(Rule):
         if group["momentum"] > 0:
             buffer = state["momentum_buffer"]
             buffer.mul_(float(group["momentum"])).add_(grad.div_(denominator))
-            weight.add_(torch.mul(buffer, negative_lr, out=term))
+            add_scaled_(weight, buffer, negative_lr, term)
         else:
-            weight.add_(grad.mul_(negative_lr).div_(denominator))
+            add_quotient_(weight, grad, negative_lr, denominator, grad)

@@ -10,6 +10,10 @@
     where, copy. There is no order of evaluation to choose and nothing to contract, and body and tail agree in every
     bit (of a NaN, its payload and sign aside).
 
+    On the CPU two of the four save passes over memory and still round as those do. `addcmul(a, x, 1, value=c)` is
+    (c x) 1 + a: c x is rounded, times 1 it is exact, so a fused multiply-add rounds the same sum; likewise with -0 for
+    a, where nothing is added. `addcdiv(a, x, y, value=c)` is (c x) / y + a, and a sum with a quotient cannot be fused.
+
 [Note: square roots on the CPU]
     `torch.sqrt` is not among them: in torch builds with MKL it is a VML call, wrong in the last bit for 9% of fp32
     values, and MKL does not say that it is independent of position. `torch.rsqrt` on the CPU is 1 / sqrt(x) in two
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,8 +129,7 @@ def ewa_(average: Tensor, x: Tensor, decay: scalars.Scalar, gain: scalars.Scalar
         gain: 1 - b, as a coefficient.
         term: Shape (n,), overwritten.
     """
-    torch.mul(x, gain, out=term)
-    average.mul_(decay).add_(term)
+    add_scaled_(average.mul_(decay), x, gain, term)
 
 
 def ewa_of_square_(average: Tensor, x: Tensor, decay: scalars.Scalar, gain: scalars.Scalar, term: Tensor) -> None:
@@ -140,9 +144,49 @@ def ewa_of_square_(average: Tensor, x: Tensor, decay: scalars.Scalar, gain: scal
         gain: 1 - b, as a coefficient.
         term: Shape (n,), overwritten.
     """
-    torch.mul(x, gain, out=term)
-    term.mul_(x)
-    average.mul_(decay).add_(term)
+    if x.device.type == "cpu" and isinstance(gain, float) and isinstance(decay, float):
+        torch.addcmul(_number(-0.0, x.dtype), x, x, value=gain, out=term)
+        torch.addcmul(term, average, _number(1.0, x.dtype), value=decay, out=average)
+    else:
+        torch.mul(x, gain, out=term)
+        term.mul_(x)
+        average.mul_(decay).add_(term)
+
+
+def add_scaled_(total: Tensor, x: Tensor, gain: scalars.Scalar, term: Tensor) -> None:
+    """Add a multiple, total += gain * x, rounding twice (see [Note: one rounding per operation]).
+
+    Args:
+        total: Shape (n,), updated in place.
+        x: Shape (n,).
+        gain: As a coefficient.
+        term: Shape (n,); may be overwritten, and may be x.
+    """
+    if x.device.type == "cpu" and isinstance(gain, float):
+        total.addcmul_(x, _number(1.0, x.dtype), value=gain)
+    else:
+        total.add_(torch.mul(x, gain, out=term))
+
+
+def add_quotient_(total: Tensor, x: Tensor, gain: scalars.Scalar, denominator: Tensor, term: Tensor) -> None:
+    """Add a quotient, total += gain * x / denominator, rounding three times.
+
+    Args:
+        total: Shape (n,), updated in place.
+        x: Shape (n,).
+        gain: As a coefficient.
+        denominator: Shape (n,).
+        term: Shape (n,); may be overwritten, and may be x.
+    """
+    if x.device.type == "cpu" and isinstance(gain, float):
+        total.addcdiv_(x, denominator, value=gain)
+    else:
+        total.add_(torch.mul(x, gain, out=term).div_(denominator))
+
+
+@cache
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
 
 
 def add_weight_decay_(grad: Tensor, weight: Tensor, weight_decay: scalars.Scalar, term: Tensor) -> None:
@@ -154,8 +198,7 @@ def add_weight_decay_(grad: Tensor, weight: Tensor, weight_decay: scalars.Scalar
         weight_decay: As a coefficient.
         term: Shape (n,), overwritten.
     """
-    torch.mul(weight, weight_decay, out=term)
-    grad.add_(term)
+    add_scaled_(grad, weight, weight_decay, term)
 
 
 def sqrt_into(x: Tensor, out: Tensor) -> None:

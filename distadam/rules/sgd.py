@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distadam.rules import scalars as scalars_module
-from distadam.rules.rule import TERM, Rule, add_weight_decay_, is_zero
+from distadam.rules.rule import TERM, Rule, add_scaled_, add_weight_decay_, is_zero
 from distadam.rules.scalars import Scalars
 from distadam.rules.scratch import Scratch
 
@@ -55,12 +55,11 @@ class Sgd(Rule):
             buffer = state["momentum_buffer"]
             _advance_buffer_(buffer, grad, step, group, scratch)
             if group["nesterov"]:
-                torch.mul(buffer, momentum, out=term)
-                grad.add_(term)
+                add_scaled_(grad, buffer, momentum, term)
             else:
                 direction = buffer
         negative_lr = scalars.neg(scalars.read(group["lr"]))
-        weight.add_(torch.mul(direction, scalars.coefficient(negative_lr), out=term))
+        add_scaled_(weight, direction, scalars.coefficient(negative_lr), term)
 
 
 def _advance_buffer_(buffer: Tensor, grad: Tensor, step: Tensor, group: Mapping[str, Any], scratch: Scratch) -> None:
@@ -74,7 +73,7 @@ def _advance_buffer_(buffer: Tensor, grad: Tensor, step: Tensor, group: Mapping[
     if gain == 1.0:
         buffer.add_(grad)
     else:
-        buffer.add_(torch.mul(grad, gain, out=scratch.get(TERM, grad.numel(), grad.dtype, grad.device)))
+        add_scaled_(buffer, grad, gain, scratch.get(TERM, grad.numel(), grad.dtype, grad.device))
     if not host_knows:
         is_first = torch.eq(step, 1.0, out=scratch.scalar(0, torch.bool, step.device))
         torch.where(is_first, grad, buffer, out=buffer)
