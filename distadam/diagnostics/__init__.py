@@ -1,0 +1,30 @@
+"""See what an optimizer does: check its gradients and updates, compare it with torch.optim, watch it train."""
+
+from distadam.diagnostics.agreement import Disagreement, check_parameters
+from distadam.diagnostics.gradient_report import GradientReport, GradientRow
+from distadam.diagnostics.gradients import check_gradients
+from distadam.diagnostics.live_table import LiveTable
+from distadam.diagnostics.prometheus import PrometheusSink
+from distadam.diagnostics.sinks import JsonlSink, Sink
+from distadam.diagnostics.tensorboard import TensorBoardSink
+from distadam.diagnostics.update_report import UpdateReport, UpdateRow
+from distadam.diagnostics.updates import UpdateCheck, check_updates
+from distadam.errors import CheckFailed
+
+__all__ = [
+    "CheckFailed",
+    "Disagreement",
+    "GradientReport",
+    "GradientRow",
+    "JsonlSink",
+    "LiveTable",
+    "PrometheusSink",
+    "Sink",
+    "TensorBoardSink",
+    "UpdateCheck",
+    "UpdateReport",
+    "UpdateRow",
+    "check_gradients",
+    "check_parameters",
+    "check_updates",
+]
