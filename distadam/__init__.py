@@ -24,6 +24,7 @@ from distadam.policies import CommPolicy, OffloadPolicy, PrecisionPolicy, ShardP
 
 if typing.TYPE_CHECKING:
     from distadam import checkpoint as checkpoint
+    from distadam import diagnostics as diagnostics
 
 __version__ = "0.1.0"
 
@@ -59,7 +60,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import ``distadam.checkpoint`` when it is first used: torch's own brings half of torch along."""
-    if name == "checkpoint":
-        return importlib.import_module("distadam.checkpoint")
+    """Import ``distadam.checkpoint`` and ``distadam.diagnostics`` when first used: torch's own bring half of torch."""
+    if name in ("checkpoint", "diagnostics"):
+        return importlib.import_module(f"distadam.{name}")
     raise AttributeError(f"module 'distadam' has no attribute {name!r}")

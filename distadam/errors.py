@@ -6,6 +6,7 @@
     ├── RankMismatchError(RuntimeError) ranks disagree about what they are about to do
     ├── CommError(RuntimeError)         a collective failed or timed out
     ├── NonFiniteError(RuntimeError)    a norm that was asked to be finite is not
+    ├── CheckFailed(AssertionError)     a check of distadam.diagnostics found something wrong
     └── CheckpointError(RuntimeError)   state that cannot be loaded
         ├── IncompleteCheckpoint
         ├── CorruptShard
@@ -38,6 +39,10 @@ class CommError(DistAdamError, RuntimeError):
 
 class NonFiniteError(DistAdamError, RuntimeError):
     """A gradient norm that had to be finite is NaN or Inf."""
+
+
+class CheckFailed(DistAdamError, AssertionError):
+    """A check of `distadam.diagnostics` found something wrong; the message is its report."""
 
 
 class CheckpointError(DistAdamError, RuntimeError):

@@ -26,6 +26,7 @@ from distadam.engine.guard import ParameterGuard
 from distadam.engine.ledger import Ledger, MemoryReport
 from distadam.engine.norms import StepNorm
 from distadam.engine.observe import Observer, observe
+from distadam.engine.observers import Observers, StepObserver
 from distadam.engine.operations import GradientOperations
 from distadam.engine.reducer import Reducer, joined_error
 from distadam.engine.shadow import ShadowHook
@@ -78,6 +79,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._gatherer = Gatherer(self._collectives, overlap=comm.overlap_gather)
         self._stepper = Stepper(self._rule, self.param_groups, self._ledger, self._collectives.streams)
         self._norm = StepNorm(self._ledger, self._collectives)
+        self._observers = Observers()
         self._reducer = Reducer(
             self._collectives,
             self._ledger,
@@ -139,13 +141,19 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         """Update and gather bucket by bucket, each as its reduction lands; then forget the gradients."""
         updated: list[Tensor] = []
         self._norm.begin(self._reducer.reduced)
+        if self._observers:
+            self._observers.begin_step()
         for index in self._update_order:
             gradient, has = self._reducer.gradients[index], self._reducer.bucket_has(index)
             if 1 not in has:
                 continue  # no rank has a gradient here: bits, moments and steps stay
             self._gatherer.wait(index)  # the last step's gather may still read the shard
             with self._norm.of_bucket(gradient, loss_scale) as observe:
+                if self._observers:
+                    observe = self._observers.begin_bucket(gradient, has, found_inf, loss_scale, observe)
                 self._stepper.update(gradient, has, found_inf, loss_scale, observe)
+            if self._observers:
+                self._observers.end_bucket()
             self._gatherer.launch(gradient.flat)
             params = gradient.flat.params
             updated += params if 0 not in has else [param for param, flag in zip(params, has, strict=True) if flag]
@@ -154,6 +162,8 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._reducer.reset()
         self._iterating = False
         self.wait_buckets([index for index in self._update_order if index not in self._prefetched])
+        if self._observers:
+            self._observers.end_step()
 
     @property
     def _update_order(self) -> Sequence[int]:
@@ -502,12 +512,23 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         """Return which kernel serves which bucket and parameter group, how its bytes travel, and why."""
         return self._stepper.report(self._flats, self._collectives.transport)
 
+    def observe(self, observer: StepObserver) -> Callable[[], None]:
+        """Show `observer` every step from now on: `distadam.diagnostics` does. Communicates nothing.
+
+        Args:
+            observer: reads what it is shown and changes nothing; on every rank, since it may communicate.
+
+        Returns:
+            What takes it away again.
+        """
+        return self._observers.add(observer)
+
     @property
     def comm_stats(self) -> CollectiveStats:
         """Calls and payload bytes of this rank's collectives since construction or ``clear()``."""
         return self._collectives.stats
 
-    def observe(self, observer: Observer) -> Callable[[], None]:
+    def observe_times(self, observer: Observer) -> Callable[[], None]:
         """Tell ``observer`` what backward and `step` do, and when (`distadam.diagnostics.timeline` is one).
 
         Returns:
@@ -685,7 +706,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         """Return what a joined rank must know of this step; ranks that differ in it would launch different gathers."""
         joining = self._joining()
         return pack_floats(
-            float(bool(self._prefetched)),
+            float(bool(self._prefetched) + 2 * len(self._observers)),  # observers may communicate
             float(found_inf) if joining and found_inf is not None else 0.0,
             float(loss_scale) if joining and loss_scale is not None else 0.0,
         )

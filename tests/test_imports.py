@@ -44,6 +44,7 @@ MAY_IMPORT = {
 }
 WITHOUT_TORCH = {"errors", "layout"}
 CHECKPOINTS = "torch.distributed.checkpoint"  # planners and storages; what ranks tell each other goes through comm
+DRAWS_WITH = {"diagnostics": ("rich",)}  # when asked to; optional packages are looked up by name
 LAUNCHER = ("torch.distributed.launcher", "torch.distributed.elastic")  # starts processes, communicates nothing
 
 
@@ -109,7 +110,7 @@ def violations(module: str, source: str, known: set[str]) -> list[str]:
     for name in set(imported(tree)):
         root = name.split(".")[0]
         third_party = root not in sys.stdlib_module_names and root not in ("distadam", "torch", "mpi4py", "triton")
-        if third_party and mine != "cli":
+        if third_party and mine != "cli" and root not in DRAWS_WITH.get(mine, ()):
             found.append(f"{mine} imports {root}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and mine != "cli" and dotted(node.func) in ("print", "sys.stdout.write"):

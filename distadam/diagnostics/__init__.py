@@ -1,6 +1,35 @@
-"""See what the optimizer does: where the time goes."""
+"""See what an optimizer does: check its gradients and updates, find the rank that differs, see where the time goes."""
 
+from distadam.diagnostics.agreement import Disagreement, check_parameters
+from distadam.diagnostics.gradient_report import GradientReport, GradientRow
+from distadam.diagnostics.gradients import check_gradients
+from distadam.diagnostics.live_table import LiveTable
+from distadam.diagnostics.prometheus import PrometheusSink
+from distadam.diagnostics.sinks import JsonlSink, Sink
+from distadam.diagnostics.tensorboard import TensorBoardSink
 from distadam.diagnostics.timeline import Timeline, timeline
 from distadam.diagnostics.timeline_trace import merge_traces
+from distadam.diagnostics.update_report import UpdateReport, UpdateRow
+from distadam.diagnostics.updates import UpdateCheck, check_updates
+from distadam.errors import CheckFailed
 
-__all__ = ["Timeline", "merge_traces", "timeline"]
+__all__ = [
+    "CheckFailed",
+    "Disagreement",
+    "GradientReport",
+    "GradientRow",
+    "JsonlSink",
+    "LiveTable",
+    "PrometheusSink",
+    "Sink",
+    "TensorBoardSink",
+    "Timeline",
+    "UpdateCheck",
+    "UpdateReport",
+    "UpdateRow",
+    "check_gradients",
+    "check_parameters",
+    "check_updates",
+    "merge_traces",
+    "timeline",
+]

@@ -102,7 +102,7 @@ class Timeline:
         self._steps: deque[StepSpans] = deque(maxlen=keep)
         self._backward: _Raw | None = None
         self._filling: dict[int, _Raw] = {}
-        self._stop = optimizer.observe(self)
+        self._stop = optimizer.observe_times(self)
         self._hook = optimizer.register_step_post_hook(self._end_step)
 
     # For the caller --------------------------------------------------------------------------------------------------

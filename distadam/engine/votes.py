@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     LOAD_CHECKPOINT = 13
     WAIT_CHECKPOINT = 14
     STEP_BOUNDARY = 15
+    DIAGNOSE = 16
     FAILED = 250
 
 
@@ -53,6 +54,7 @@ CALLS = {
     Purpose.LOAD_CHECKPOINT: "checkpoint.load()",
     Purpose.WAIT_CHECKPOINT: "wait() for an asynchronous checkpoint",
     Purpose.STEP_BOUNDARY: "checkpoint.elastic's look at signals",
+    Purpose.DIAGNOSE: "a check of distadam.diagnostics",
 }
 
 _DETAIL = 24
