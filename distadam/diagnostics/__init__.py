@@ -1,6 +1,7 @@
 """See what an optimizer does: check its gradients and updates, compare it with torch.optim, watch it train."""
 
 from distadam.diagnostics.agreement import Disagreement, check_parameters
+from distadam.diagnostics.beside_torch import Comparison, Difference, compare_with_torch
 from distadam.diagnostics.gradient_report import GradientReport, GradientRow
 from distadam.diagnostics.gradients import check_gradients
 from distadam.diagnostics.live_table import LiveTable
@@ -9,10 +10,13 @@ from distadam.diagnostics.sinks import JsonlSink, Sink
 from distadam.diagnostics.tensorboard import TensorBoardSink
 from distadam.diagnostics.update_report import UpdateReport, UpdateRow
 from distadam.diagnostics.updates import UpdateCheck, check_updates
+from distadam.diagnostics.watch import Watcher, watch
 from distadam.errors import CheckFailed
 
 __all__ = [
     "CheckFailed",
+    "Comparison",
+    "Difference",
     "Disagreement",
     "GradientReport",
     "GradientRow",
@@ -24,7 +28,10 @@ __all__ = [
     "UpdateCheck",
     "UpdateReport",
     "UpdateRow",
+    "Watcher",
     "check_gradients",
     "check_parameters",
     "check_updates",
+    "compare_with_torch",
+    "watch",
 ]
