@@ -140,9 +140,9 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
     def _update(self, found_inf: Tensor | None, loss_scale: Tensor | None) -> None:
         """Update and gather bucket by bucket, each as its reduction lands; then forget the gradients."""
         updated: list[Tensor] = []
-        self._norm.begin(self._reducer.reduced)
         if self._observers:
-            self._observers.begin_step()
+            self._observers.begin_step()  # before the last step's norm is forgotten
+        self._norm.begin(self._reducer.reduced)
         for index in self._update_order:
             gradient, has = self._reducer.gradients[index], self._reducer.bucket_has(index)
             if 1 not in has:

@@ -1,0 +1,105 @@
+"""What `diagnostics.watch(every=10)` costs on the GPT of examples/train_gpt.py, in interleaved pairs of one run.
+
+    python benchmarks/watch.py [--pairs 12] [--out benchmarks/results]
+
+A pair is 10 steps without a watcher and 10 with one, the order changing from pair to pair; each block of 10 holds one
+watched step. Reported is the median over pairs of the ratio, with the first and the third quartile. One process, one
+thread. Writes JSON and a Markdown table.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import train_gpt
+
+from distadam import diagnostics
+
+BLOCK = 10
+
+
+def build() -> tuple[Any, Any, Any]:
+    torch.manual_seed(0)
+    options = SimpleNamespace(optimizer="adamw", lr=None, reference=False, precision="fp32")
+    text = torch.randint(0, 256, (200_000,), dtype=torch.uint8)
+    place = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    batches = train_gpt.Batches(train=text, validation=text, batch_size=8, seq_len=128, seed=0, **place)
+    model = train_gpt.GPT(4, 4, 128, 128)
+    return model, train_gpt.build_optimizer(options, model), batches
+
+
+def block(model: Any, optimizer: Any, batches: Any, watcher: Any) -> float:
+    began = time.perf_counter()
+    for step in range(BLOCK):
+        loss = model.loss(*batches.training(step))
+        loss.backward()
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if watcher is not None:
+            watcher.log(loss=loss.detach())
+    return time.perf_counter() - began
+
+
+def measure(pairs: int) -> list[tuple[float, float]]:
+    model, optimizer, batches = build()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+
+        def watched() -> float:
+            with diagnostics.watch(optimizer, every=BLOCK, run=run) as watcher:
+                return block(model, optimizer, batches, watcher)
+
+        watched()
+        block(model, optimizer, batches, None)
+        seconds = []
+        for pair in range(pairs):
+            if pair % 2:
+                on, off = watched(), block(model, optimizer, batches, None)
+            else:
+                off, on = block(model, optimizer, batches, None), watched()
+            seconds.append((off, on))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seconds = measure(options.pairs)
+    ratios = [on / off - 1 for off, on in seconds]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    off = statistics.median(off for off, _ in seconds) / BLOCK
+    on = statistics.median(on for _, on in seconds) / BLOCK
+    about = (
+        f"GPT of 4 layers, width 128, 8 x 128 bytes a step; torch {torch.__version__}, {platform.machine()}, 1 thread"
+    )
+    lines = [
+        f"{about}, {options.pairs} pairs of {BLOCK} steps.",
+        "",
+        "| step without, median | step with watch(every=10), median | cost, median of pairs (quartiles) |",
+        "|---|---|---|",
+        f"| {1e3 * off:.2f} ms | {1e3 * on:.2f} ms | {100 * middle:+.2f}% ({100 * low:+.2f}% to {100 * high:+.2f}%) |",
+    ]
+    print("\n".join(lines))
+    name = options.out / f"watch_cpu_{date.today()}"
+    name.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    result = {"command": " ".join(sys.argv), "about": about, "seconds_off_on": seconds, "cost": [low, middle, high]}
+    name.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
