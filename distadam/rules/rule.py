@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +43,10 @@ TERM = 0
 
 _OLD = 1
 """First scratch index of the values that a skipped update puts back."""
+
+_ONE = {dtype: torch.tensor(1.0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+_MINUS_ZERO = {dtype: torch.tensor(-0.0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+"""0-D constants, made here since what is made in a step would be memory that no report knows."""
 
 
 class Rule(ABC):
@@ -145,8 +148,8 @@ def ewa_of_square_(average: Tensor, x: Tensor, decay: scalars.Scalar, gain: scal
         term: Shape (n,), overwritten.
     """
     if x.device.type == "cpu" and isinstance(gain, float) and isinstance(decay, float):
-        torch.addcmul(_number(-0.0, x.dtype), x, x, value=gain, out=term)
-        torch.addcmul(term, average, _number(1.0, x.dtype), value=decay, out=average)
+        torch.addcmul(_MINUS_ZERO[x.dtype], x, x, value=gain, out=term)
+        torch.addcmul(term, average, _ONE[x.dtype], value=decay, out=average)
     else:
         torch.mul(x, gain, out=term)
         term.mul_(x)
@@ -163,7 +166,7 @@ def add_scaled_(total: Tensor, x: Tensor, gain: scalars.Scalar, term: Tensor) ->
         term: Shape (n,); may be overwritten, and may be x.
     """
     if x.device.type == "cpu" and isinstance(gain, float):
-        total.addcmul_(x, _number(1.0, x.dtype), value=gain)
+        total.addcmul_(x, _ONE[x.dtype], value=gain)
     else:
         total.add_(torch.mul(x, gain, out=term))
 
@@ -182,11 +185,6 @@ def add_quotient_(total: Tensor, x: Tensor, gain: scalars.Scalar, denominator: T
         total.addcdiv_(x, denominator, value=gain)
     else:
         total.add_(torch.mul(x, gain, out=term).div_(denominator))
-
-
-@cache
-def _number(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype)
 
 
 def add_weight_decay_(grad: Tensor, weight: Tensor, weight_decay: scalars.Scalar, term: Tensor) -> None:
