@@ -3,8 +3,8 @@
     python examples/anatomy_of_adam.py                  # tables
     python examples/anatomy_of_adam.py --plots DIR      # and the pictures of docs/anatomy-of-adam.md
 
-One process, a few seconds. The rules below are plain functions in the notation of docs/anatomy-of-adam.md; distadam and
-torch.optim run beside them on the same gradients, and the first step and element that differ end the run.
+One process, under half a minute. The rules below are plain functions in the notation of docs/anatomy-of-adam.md;
+distadam and torch.optim run beside them on the same gradients, and the first step and element that differ end the run.
 """
 
 import argparse
@@ -431,8 +431,8 @@ def plot(folder: Path, paths: dict[str, dict[str, Path2D]]) -> str:
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=90)
         pyplot.close(figure)
-        # A palette of 64 colours is enough for lines, and a third of the bytes. Pillow comes with matplotlib.
-        Image.open(drawn).convert("RGB").quantize(64).save(folder / f"anatomy-{name}.png", optimize=True)
+        # A palette is enough for lines, and fewer bytes. Pillow comes with matplotlib.
+        Image.open(drawn).convert("RGB").quantize(256).save(folder / f"anatomy-{name}.png", optimize=True)
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     plot_averages(axes)

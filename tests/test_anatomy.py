@@ -57,6 +57,7 @@ def test_anatomy_runs_and_prints_what_it_checked(anatomy, monkeypatch, capsys, t
     assert re.search(r"bf16 alone .* [1-9]\d\d of 420 elements frozen", printed)
 
 
+@pytest.mark.long
 def test_anatomy_draws_its_pictures(anatomy, tmp_path):
     paths = {title: {rule: few_steps(anatomy, rule, title) for rule in anatomy.RULES} for title in anatomy.PROBLEMS}
     assert str(tmp_path) in anatomy.plot(tmp_path, paths)
@@ -118,15 +119,14 @@ def test_anatomy_names_a_wrong_momentum(anatomy, monkeypatch):
     monkeypatch.setitem(
         anatomy.RULES, "momentum", anatomy.Rule(function=dampened, optimizer="SGD", options={"momentum": 0.9})
     )
-    with pytest.raises(anatomy.Difference, match=r"^momentum, step 1, w, element [01]: .* distadam\.SGD has"):
+    with pytest.raises(anatomy.Difference, match=r"^momentum, step 1, \w+, element [01]: .* distadam\.SGD has"):
         few_steps(anatomy, "momentum")
 
 
-@pytest.mark.parametrize(("package", "spelled"), [(distadam, r"distadam\.Adam"), (torch.optim, r"torch\.optim\.Adam")])
-def test_anatomy_names_the_library_whose_beta_is_wrong(anatomy, monkeypatch, package, spelled):
-    right = package.Adam
-    monkeypatch.setattr(package, "Adam", lambda *args, betas, **rest: right(*args, betas=(0.9, 0.998), **rest))
-    with pytest.raises(anatomy.Difference, match=rf"^Adam, step 1, \w+, element [01]: .* but {spelled} has"):
+def test_anatomy_names_a_wrong_beta_in_the_library(anatomy, monkeypatch):
+    right = distadam.Adam
+    monkeypatch.setattr(distadam, "Adam", lambda *args, betas, **rest: right(*args, betas=(0.9, 0.998), **rest))
+    with pytest.raises(anatomy.Difference, match=r"^Adam, step 1, \w+, element [01]: .* but distadam\.Adam has"):
         few_steps(anatomy, "Adam")
 
 
