@@ -71,7 +71,10 @@ class Statistics:
         if piece.element_size() < 4:
             views = [view.float() for view in views]
         on_host = piece.device.type == "cpu"
-        norms, largest = torch._foreach_norm(views, 2), torch._foreach_norm(views, torch.inf)
+        norms = torch._foreach_norm(views, 2)
+        # Not the norm of order inf, which torch does not vectorise on the CPU: 25 times slower.
+        extremes = [torch.aminmax(view) for view in views]
+        largest = [torch.maximum(-low, high) for low, high in extremes]
         for part, view, norm, most in zip(parts, views, norms, largest, strict=True):
             row = self._row(part)
             row[0] += norm.double().square()
