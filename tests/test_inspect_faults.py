@@ -174,18 +174,23 @@ def test_flipped_bit_in_one_parameter_on_one_rank_is_found_and_named(num_ranks):
             assert "on rank 1 most likely" in found
 
 
-def missing_reduce(rank: int) -> str:
-    model, optimizer = build()
+def drop_reduction(optimizer: distadam.ShardedOptimizer, rank: int) -> None:
+    """Let each rank keep its own gradient in place of the sum."""
     before = optimizer._collectives.reduce_scatter
 
-    def nothing(shard: Tensor, full: Tensor, what: str) -> Any:
+    def own(shard: Tensor, full: Tensor, what: str) -> Any:
         mine = full[rank * shard.numel() : (rank + 1) * shard.numel()].clone()
         pending = before(shard, full, what)
         pending.wait()
         shard.copy_(mine)
         return pending
 
-    optimizer._collectives.reduce_scatter = nothing
+    optimizer._collectives.reduce_scatter = own
+
+
+def missing_reduce(rank: int) -> str:
+    model, optimizer = build()
+    drop_reduction(optimizer, rank)
     return message(lambda: diagnostics.check_gradients(optimizer, model, lambda: loss_of(model, rank), samples=0))
 
 

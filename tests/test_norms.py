@@ -13,9 +13,11 @@ Everything else, clipped gradients included, is bits (rtol=0, atol=0), as is `gr
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import distadam
 from distadam import CommPolicy, ShardPolicy
+from distadam.engine import norms
 from tests.ranks import run_ranks
 from tests.unsharded import average, backward, difference, make_params
 
@@ -162,8 +165,8 @@ def _same_clip(rank: int, num_ranks: int) -> list[Tensor]:
 def test_norm_differs_by_an_ulp_at_most_between_world_sizes() -> None:
     expected = _same_clip(0, 1)
     for num_ranks in (2, 3):
-        for norms in run_ranks(num_ranks, _same_clip, num_ranks):
-            assert all(ulps(norm, float(one)) <= 1 for norm, one in zip(norms, expected, strict=True))
+        for found in run_ranks(num_ranks, _same_clip, num_ranks):
+            assert all(ulps(norm, float(one)) <= 1 for norm, one in zip(found, expected, strict=True))
 
 
 def _later_backward(rank: int, num_ranks: int) -> list[str]:
@@ -491,3 +494,29 @@ def test_clipping_counts_parameters_that_were_just_unfrozen(num_ranks: int, how:
         assert norm == pytest.approx(expected, rel=1e-6)
         torch.testing.assert_close(first, torch.full((64,), -(1 + mean) * 0.5 / expected), rtol=1e-5, atol=0)
         torch.testing.assert_close(second, torch.full((70,), -(2 + mean) * 0.5 / expected), rtol=1e-5, atol=0)
+
+
+def _drop(rank: int) -> list[float]:
+    """Drop an optimizer whose norm is under way; return how long that slept."""
+    slept: list[float] = []
+    with mock.patch.object(norms.time, "sleep", slept.append):
+        trained = Trained(rank, 2)
+        trained.optimizer.step()
+        del trained
+        gc.collect()
+    return [seconds for seconds in slept if seconds > 0.01]  # shorter ones poll
+
+
+def test_dropping_an_optimizer_does_not_wait_for_the_end_of_the_process() -> None:
+    assert run_ranks(2, _drop) == [[], []]
+
+
+def test_process_ends_no_earlier_than_what_is_under_way() -> None:
+    slept: list[float] = []
+    with mock.patch.object(norms.time, "sleep", slept.append):
+        lingering = norms._Lingering()
+        lingering.begin()
+        lingering.at_exit()
+        lingering.begin()  # a finalizer that runs after it
+    assert len(slept) == 2
+    assert all(0.01 < seconds <= 0.05 for seconds in slept)

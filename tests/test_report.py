@@ -11,7 +11,6 @@ import math
 import re
 import shutil
 import subprocess
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -321,9 +320,7 @@ def test_axe_finds_nothing(chromium: str, axe: str, folder: Path, tmp_path: Path
 
 
 @pytest.mark.long
-def test_long_run_is_read_and_drawn_in_under_three_seconds(tmp_path: Path) -> None:
+def test_long_run_makes_a_page_of_bounded_size(tmp_path: Path) -> None:
     write_run(tmp_path / "run", num_steps=10_000, num_layers=200, spike=6210)
-    began_s = time.process_time()  # of this process: what others do on the machine does not count
-    text = render(read_run(tmp_path / "run"))
-    assert time.process_time() - began_s < 3.0
+    text = render(read_run(tmp_path / "run"))  # its time: benchmarks/report.py
     assert len(text) < 5e6

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distadam.rules import RULES, Adam, Scratch
-from distadam.rules.rule import sqrt_into
+from distadam.rules.rule import add_quotient_, add_scaled_, ewa_of_square_, sqrt_into
 from tests.reference_optimizers import (
     FUSED_RULES,
     OPTIONS,
@@ -391,3 +391,30 @@ def test_scratch_grows_and_keeps_its_memory() -> None:
     assert scratch.scalar(0, torch.float64, torch.device("cpu")) is scalar
     assert made == [64, 64, 128, 128, 1]
     assert scratch.nbytes == 2 * 128 * 4 + 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numel", [1, 7, 64, 1000, 70_001])
+def test_passes_that_are_saved_round_as_separate_operations(dtype: torch.dtype, numel: int) -> None:
+    """See [Note: one rounding per operation]: a fused multiply-add would differ in one of some hundred elements."""
+    draw = torch.Generator().manual_seed(numel)
+    total, x, y = (torch.randn(numel, dtype=dtype, generator=draw) for _ in range(3))
+    denominator, term = y.abs().add_(0.1), torch.empty(numel, dtype=dtype)
+    gain = 0.1234567
+
+    scaled = total.clone()
+    add_scaled_(scaled, x, gain, term)
+    assert torch.equal(scaled, total + x * gain)
+    quotient = total.clone()
+    add_quotient_(quotient, x, gain, denominator, term)
+    assert torch.equal(quotient, total + x * gain / denominator)
+    average = total.clone()
+    ewa_of_square_(average, x, 0.9, gain, term)
+    assert torch.equal(average, total * 0.9 + x * gain * x)
+
+
+def test_fused_multiply_add_would_be_seen() -> None:
+    draw = torch.Generator().manual_seed(0)
+    total, x, y = (torch.randn(70_001, generator=draw) for _ in range(3))
+    fused = (total.double() + x.double() * y.double()).float()
+    assert not torch.equal(fused, total + x * y)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from distadam import MissingDependency, PrecisionPolicy, diagnostics
+from distadam import MissingDependency, PrecisionPolicy, RankMismatchError, diagnostics
 from tests.ranks import run_ranks
 from tests.test_counted import count_python_calls
-from tests.test_inspect_faults import CLASSES, KB, Net, build, loss_of
+from tests.test_inspect_faults import CLASSES, KB, Net, build, drop_reduction, loss_of
 
 STATES = {
     "adamw": {"exp_avg_rms": "exp_avg", "exp_avg_sq_mean": "exp_avg_sq"},
@@ -266,16 +266,7 @@ def test_compare_with_torch_stops_at_first_step_parameter_and_element(num_ranks)
 
 def unreduced(rank: int) -> str:
     model, optimizer = build()
-    before = optimizer._collectives.reduce_scatter
-
-    def own(shard: Any, full: Any, what: str) -> Any:
-        mine = full[rank * shard.numel() : (rank + 1) * shard.numel()].clone()
-        pending = before(shard, full, what)
-        pending.wait()
-        shard.copy_(mine)
-        return pending
-
-    optimizer._collectives.reduce_scatter = own
+    drop_reduction(optimizer, rank)
     return str(diagnostics.compare_with_torch(optimizer, model, lambda step: loss_of(model, rank, step), raises=False))
 
 
@@ -283,6 +274,18 @@ def test_compare_with_torch_stops_at_a_gradient_that_was_not_reduced():
     for text in run_ranks(2, unreduced):
         assert text.startswith("step 1, gradient ")
         assert "where the average of the ranks' own is" in text
+
+
+def watches_differently(rank: int) -> str:
+    _, optimizer = build()
+    with pytest.raises(RankMismatchError) as caught:
+        diagnostics.watch(optimizer, every=2 + rank)
+    return str(caught.value)
+
+
+def test_watching_differently_is_an_error_on_every_rank():
+    for text in run_ranks(2, watches_differently):
+        assert "a check of distadam.diagnostics" in text
 
 
 def test_page_of_documentation_runs(tmp_path, monkeypatch, capsys):

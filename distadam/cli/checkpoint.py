@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from distadam import checkpoint as checkpoints
+from distadam.cli.errors import failing
 from distadam.errors import DistAdamError
 
 __all__ = ["app"]
@@ -25,7 +26,7 @@ RenameOption = Annotated[Path | None, typer.Option(help="JSON file: an object fr
 @app.command()
 def describe(path: PathArgument, as_json: JsonOption = False) -> None:
     """Say what PATH holds: parameters, storages, files. Reads the manifest only."""
-    with _failing(as_json):
+    with failing(as_json):
         found = checkpoints.describe(path)
         typer.echo(found.to_json() if as_json else str(found))
 
@@ -33,7 +34,7 @@ def describe(path: PathArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def verify(path: PathArgument, as_json: JsonOption = False) -> None:
     """Read every byte of PATH and compare checksums; exit code 1 and every damaged file and tensor if one differs."""
-    with _failing(as_json):
+    with failing(as_json):
         with _bar("verify", _nbytes(path)) as progress:
             found = [
                 {"error": type(e).__name__, "message": str(e)} for e in checkpoints.problems(path, progress=progress)
@@ -59,7 +60,7 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Convert between checkpoints, torch.optim's state dict and safetensors."""
-    with _failing(as_json):
+    with failing(as_json):
         total = _nbytes(path) if not path.endswith(".pt") else 0
         with _bar("convert", total) as progress:
             written = checkpoints.convert(
@@ -84,7 +85,7 @@ def reshard(
     as_json: JsonOption = False,
 ) -> None:
     """Write PATH again in as many files as RANKS ranks would have written (loading does not need it)."""
-    with _failing(as_json):
+    with failing(as_json):
         with _bar("reshard", _nbytes(path)) as progress:
             written = checkpoints.reshard(path, to, ranks=ranks, rename=_mapping(rename), progress=progress)
         typer.echo(json.dumps({"written": written}) if as_json else f"written: {written}")
@@ -97,7 +98,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Delete all but the newest committed checkpoints in DIRECTORY; what is not committed is left alone."""
-    with _failing(as_json):
+    with failing(as_json):
         gone = checkpoints.prune(directory, keep_last)
         typer.echo(json.dumps({"deleted": gone}) if as_json else "\n".join(f"deleted: {path}" for path in gone))
 
@@ -120,16 +121,3 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(what, total=total or None)
         yield lambda nbytes: progress.advance(task, nbytes)
-
-
-@contextlib.contextmanager
-def _failing(as_json: bool) -> Iterator[None]:
-    """Turn errors into one line and exit code 1."""
-    try:
-        yield
-    except (DistAdamError, OSError) as error:
-        if as_json:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        else:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(1) from error

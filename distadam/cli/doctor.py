@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from distadam.cli.launch import launch_here
@@ -105,13 +106,9 @@ def _report(findings: list[Finding], as_json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         mark, style = _MARKS[finding.level]
-        table.add_row(f"[{style}]{mark}[/]", finding.check, _escape(finding.text))
+        table.add_row(f"[{style}]{mark}[/]", finding.check, escape(finding.text))
         if finding.cure:
-            table.add_row("", "", f"[bold]cure:[/] {_escape(finding.cure)}")
+            table.add_row("", "", f"[bold]cure:[/] {escape(finding.cure)}")
     console.print(table)
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     console.print(f"distadam doctor: {counts['error']} errors, {counts['warning']} warnings")
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from distadam.cli.errors import failing
 from distadam.diagnostics.report_data import read_run, summary
 from distadam.diagnostics.report_page import render
-from distadam.errors import DistAdamError
 
 __all__ = ["report"]
 
@@ -19,7 +19,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of a page.")] = False,
 ) -> None:
     """Write RUN as one self-contained HTML page: loss, gradients, time, memory, checkpoints, incidents."""
-    try:
+    with failing(as_json):
         found = read_run(run)
         if as_json:
             typer.echo(json.dumps(summary(found)))
@@ -27,9 +27,3 @@ def report(
         target = run / "report.html" if out is None else out
         target.write_text(render(found), encoding="utf-8")
         typer.echo(f"written: {target}")
-    except (DistAdamError, OSError) as error:
-        if as_json:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        else:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(1) from error

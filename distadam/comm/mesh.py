@@ -20,6 +20,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 READY, READ, MAP, UNMAP = range(4)
@@ -161,7 +162,6 @@ class Mesh:
 
 
 _meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
-_hooked: list[bool] = []
 
 
 def _close_in_children(mesh: Mesh) -> None:
@@ -169,10 +169,13 @@ def _close_in_children(mesh: Mesh) -> None:
 
     Else peers see no end of this rank while a child of it lives.
     """
-    if not _hooked:
-        os.register_at_fork(after_in_child=_close_copies)  # not at import: importing changes nothing
-        _hooked.append(True)
+    _hook_forks()
     _meshes.add(mesh)
+
+
+@cache
+def _hook_forks() -> None:  # not at import: importing changes nothing
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def _close_copies() -> None:

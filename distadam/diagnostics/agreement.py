@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distadam.diagnostics.shards import access_of, index_of, spell
+from distadam.diagnostics.shards import access_of, row_major_index, spell
 from distadam.engine.access import Access
 from distadam.errors import CheckFailed
 from distadam.optimizer import ShardedOptimizer
@@ -130,7 +130,7 @@ def _look(access: Access, name: str, param: Tensor, copies: list[Tensor], stale:
     bits = torch.stack([_bits(copy).long() for copy in copies])
     differs = (bits != bits[0]).any(0)
     position = int(differs.nonzero()[0])
-    index = index_of(tuple(param.shape), torch.empty(param.shape, device="meta").stride(), position)
+    index = row_major_index(param.shape, position)
     here = bits[:, position].tolist()
     owner = _owner(access, param, index)
     (common, times), *_ = Counter(here).most_common()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distadam.diagnostics.double import unchanged
-from distadam.diagnostics.shards import access_of, index_of, spell
+from distadam.diagnostics.shards import access_of, row_major_index, spell
+from distadam.diagnostics.sinks import finite
 from distadam.engine.access import Access
 from distadam.errors import CheckFailed, ConfigError
 from distadam.optimizer import ShardedOptimizer
@@ -72,8 +73,6 @@ class Comparison:
 
     def to_json(self) -> str:
         """Return plain values as JSON."""
-        from distadam.diagnostics.sinks import finite
-
         return json.dumps(finite(asdict(self) | {"ok": self.ok}), allow_nan=False)
 
     def __str__(self) -> str:
@@ -251,7 +250,7 @@ def _difference(step: int, what: str, name: str, ours: Tensor, theirs: Tensor, p
         step=step,
         what=what,
         parameter=name,
-        index=index_of(tuple(ours.shape), torch.empty(ours.shape, device="meta").stride(), position),
+        index=row_major_index(ours.shape, position),
         ours=float(ours.reshape(-1)[position]),
         theirs=float(theirs.reshape(-1)[position]),
         rank=rank,

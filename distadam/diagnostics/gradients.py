@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distadam.diagnostics.double import DoubleLoss, unchanged
 from distadam.diagnostics.gradient_report import GradientReport, GradientRow
-from distadam.diagnostics.shards import access_of, index_of, spell
+from distadam.diagnostics.shards import access_of, row_major_index, spell
 from distadam.engine.access import Access
 from distadam.errors import CheckFailed, UsageError
 from distadam.optimizer import ShardedOptimizer
@@ -127,7 +127,7 @@ def _against_average(row: GradientRow, reduced: Tensor, copies: list[Tensor | No
     relative = torch.where(reduced.isnan() & average.isnan(), 0.0, relative)
     position = int(relative.argmax())
     row.average_error = float(relative.flatten()[position])
-    row.average_index = _index(reduced, position)
+    row.average_index = row_major_index(reduced.shape, position)
     tolerance = 8 * num_ranks * torch.finfo(reduced.dtype).eps
     if row.average_error > tolerance:
         row.findings.append(
@@ -169,7 +169,7 @@ def _against_slopes(
     positions = {largest, *torch.randint(reduced.numel(), (samples - 1,), generator=generator).tolist()}
     rms = float(reduced.square().mean().sqrt())
     for position in sorted(positions):
-        index = _index(reduced, position)
+        index = row_major_index(reduced.shape, position)
         slopes = access.collectives.exchange(double.slope(param, index), f"slope of {row.parameter!r}")
         slope, got = sum(slopes) / len(slopes), float(reduced.flatten()[position])
         scale = max(abs(slope), abs(got), rms, 1e-9)
@@ -221,10 +221,6 @@ def _left_out(access: Access, batch: _Batch) -> list[str]:
         for name, param in batch.model.named_parameters()
         if param.requires_grad and param not in known
     ]
-
-
-def _index(tensor: Tensor, position: int) -> tuple[int, ...]:
-    return index_of(tuple(tensor.shape), torch.empty(tensor.shape, device="meta").stride(), position)
 
 
 def _merge(parts: list[list[GradientRow]]) -> tuple[GradientRow, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from distadam.diagnostics.shards import index_of, spell
+from distadam.diagnostics.shards import row_major_index, spell
 from distadam.engine.access import Access
 
 
@@ -66,7 +66,7 @@ def first_nonfinite(name: str, grad: Tensor) -> NonFinite | None:
     if not count:
         return None  # the sum has overflowed
     position = int(bad.nonzero()[0])
-    index = index_of(tuple(grad.shape), torch.empty(grad.shape, device="meta").stride(), position)
+    index = row_major_index(grad.shape, position)
     return NonFinite(parameter=name, index=index, value=float(grad[index]), num_elements=count)
 
 

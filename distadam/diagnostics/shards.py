@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distadam.engine.access import Access
 from distadam.engine.flat_bucket import FlatBucket
-from distadam.engine.votes import Purpose
+from distadam.engine.votes import Purpose, pack_floats
 from distadam.optimizer import ShardedOptimizer
 
 
@@ -39,18 +39,19 @@ class Part:
         return self.flat.names[self.slot]
 
 
-def access_of(optimizer: ShardedOptimizer, announce: bool = True) -> Access:
+def access_of(optimizer: ShardedOptimizer, *arguments: float) -> Access:
     """Return what diagnostics read of an optimizer.
 
     Args:
         optimizer: not built yet raises, as does anything else than a sharded optimizer.
-        announce: agree with the other ranks that all of them make this call: collective.
+        arguments: up to three numbers that all ranks must have passed; what differs is named.
+
+    Collective: agrees with the other ranks that all of them make this call.
     """
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"expected an optimizer of distadam but got {type(optimizer).__module__}.{type(optimizer)!r}.")
     access = optimizer.checkpoint_access()
-    if announce:
-        access.announce(Purpose.DIAGNOSE)
+    access.announce(Purpose.DIAGNOSE, pack_floats(*arguments))
     return access
 
 
@@ -92,6 +93,11 @@ def index_of(shape: Sequence[int], strides: Sequence[int], offset: int) -> tuple
     for dim in sorted((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: -strides[dim]):
         index[dim], offset = divmod(offset, strides[dim])
     return tuple(index)
+
+
+def row_major_index(shape: Sequence[int], position: int) -> tuple[int, ...]:
+    """Return the index of element ``position`` of a tensor in row-major order."""
+    return tuple(int(index) for index in torch.unravel_index(torch.tensor(position), tuple(shape)))
 
 
 def element(flat: FlatBucket, slot: int, offset: int) -> tuple[int, ...]:

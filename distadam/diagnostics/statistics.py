@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,9 +27,7 @@ class Statistics:
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._bases = [0]
-        for flat in access.flats:
-            self._bases.append(self._bases[-1] + len(flat.params))
+        self._bases = self._rows_of_buckets()
         groups = access.collectives.groups
         self._shard, self._num_shards = groups.shard_rank, groups.num_shards
         names = [name for group in access.param_groups for name in access.rule.state_names(group)]
@@ -42,7 +41,11 @@ class Statistics:
     @property
     def fits(self) -> bool:
         """Whether the optimizer still has the parameters and states that the table was made for."""
-        return self._bases == [0, *_running(len(flat.params) for flat in self._access.flats)]
+        return self._bases == self._rows_of_buckets()
+
+    def _rows_of_buckets(self) -> list[int]:
+        """Return each bucket's first row, and the number of rows."""
+        return [*accumulate((len(flat.params) for flat in self._access.flats), initial=0)]
 
     def clear(self) -> None:
         """Begin a step."""
@@ -149,11 +152,3 @@ class Statistics:
             else:
                 values[f"{name}_rms"] = (total / count) ** 0.5
         return values
-
-
-def _running(numbers: Iterator[int]) -> list[int]:
-    total, sums = 0, []
-    for number in numbers:
-        total += number
-        sums.append(total)
-    return sums

@@ -76,7 +76,7 @@ class Watcher(StepObserver):
         run: str | os.PathLike[str] | None,
         nonfinite: bool,
     ) -> None:
-        self._access = access_of(optimizer)
+        self._access = access_of(optimizer, every, nonfinite)
         self._groups = self._access.collectives.groups
         self._optimizer = optimizer
         self._every = every
@@ -117,7 +117,7 @@ class Watcher(StepObserver):
     def log(self, **fields: Any) -> None:
         """Add numbers to the record of the last step: ``loss``, ``tokens_per_s``, ``parts``; call it after `step`."""
         if self._record is not None:
-            self._record |= {name: value for name, value in fields.items()}
+            self._record |= fields
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write a record of one's own: ``write("checkpoint", path=..., seconds=..., bytes=...)``."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from distadam.comm import Collectives
 from distadam.engine.flat_bucket import FlatBucket
-from distadam.engine.votes import Purpose
 from distadam.rules import Rule
 
 
@@ -37,5 +36,5 @@ class Access:
     names: Mapping[Tensor, str]
     state: dict[Tensor, Any]
     collectives: Collectives
-    announce: Callable[[Purpose], None]
+    announce: Callable[..., None]
     loaded: Callable[[], None]

@@ -8,6 +8,7 @@ float32 ulp and costs a third of the update instead of all of it.
 
 from __future__ import annotations
 
+import atexit
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,34 @@ from distadam.kernels import norm_in_one_pass
 
 _CHUNK = 32768
 _BLOCK = 64
+
+
+class _Lingering:
+    """Whether gloo's thread may still be letting go of a tensor of ours.
+
+    Note [Lingering]: a collective is over an instant before gloo's thread lets go of its tensors, and that thread must
+    not outlive Python with one of them. So the process ends no earlier than this after the last norm that nobody read;
+    an optimizer that goes while the process stays costs nothing.
+    """
+
+    _SECONDS = 0.05
+
+    def __init__(self) -> None:
+        self._exiting = False
+        self._until_s = 0.0
+
+    def begin(self) -> None:
+        self._until_s = time.monotonic() + self._SECONDS
+        if self._exiting:  # finalizers may run after `at_exit`, or before
+            self.at_exit()
+
+    def at_exit(self) -> None:
+        self._exiting = True
+        time.sleep(max(0.0, self._until_s - time.monotonic()))
+
+
+_lingering = _Lingering()
+atexit.register(_lingering.at_exit)
 
 
 class NormScratch:
@@ -185,10 +214,10 @@ class StepNorm:
         self._pending = [self._collectives.sum_shards(total, "grad_norm") for total, *_ in self._totals.values()]
 
     def settle(self) -> None:
-        """At exit, give what is in flight a moment to end: gloo's thread must not outlive Python with our tensors."""
+        """Wait for what is in flight, when the optimizer goes or at exit; see Note [Lingering]."""
         pending, self._pending = self._pending, []
         if pending and all(item.ready(1.0) for item in pending):
-            time.sleep(0.05)
+            _lingering.begin()
 
     def _wait(self) -> None:
         for pending in self._pending:

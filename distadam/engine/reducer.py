@@ -326,20 +326,20 @@ class Reducer:
                 return self.finish(purpose, detail, by_hand=by_hand)
         return agreed, agreed_detail
 
-    def announce(self, purpose: Purpose) -> None:
-        """Agree that every rank makes this call, which issues collectives of its own; gradients stay as they are.
+    def announce(self, purpose: Purpose, detail: bytes = b"") -> None:
+        """Agree that every rank makes this call with this detail; it issues collectives of its own. Gradients stay.
 
         Collective: every rank. Syncs: hosts wait for each other.
         """
         with self._lock:
             self._on_iteration()
             votes, nothing = self._votes, bytes(len(self.params))
-            votes.cast(purpose, b"", bytes(len(self.gradients)), nothing, nothing, bytes(len(self.frozen)))
+            votes.cast(purpose, detail, bytes(len(self.gradients)), nothing, nothing, bytes(len(self.frozen)))
             self._collectives.agree(votes.tensor, f"the agreement before {CALLS[purpose]}")
             if votes.failed:
                 self._raise_failure(CALLS[purpose], None)
-            if votes.purpose is not purpose:
-                raise self._disagreement(purpose, b"")
+            if votes.purpose is not purpose or votes.detail is None:
+                raise self._disagreement(purpose, detail)
             if votes.joined:
                 raise joined_error(purpose)
 

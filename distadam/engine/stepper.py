@@ -110,14 +110,14 @@ class Stepper:
         """
         flat = gradient.flat
         self._count_steps(flat, has, found_inf)
-        pieces = self._pieces(gradient)
+        choices = self._choices(flat)
+        pieces = self._pieces(gradient, {name for name, _ in choices.values()})
         scaling = GradScaling(
             num_ranks=gradient.scaling_divisor,
             multipliers=gradient.multipliers,
             loss_scale=_on(loss_scale, flat.device),
             found_inf=_on(found_inf, flat.device),
         )
-        choices = self._choices(flat)
         start = 0
         for grad in pieces:
             observe(grad)
@@ -127,10 +127,12 @@ class Stepper:
         if any(self.param_groups[span.group].get("eps") == 0 for span in flat.bucket.ranges):
             _zero_padding(flat)
 
-    def _pieces(self, gradient: BucketGradient) -> Iterator[Tensor]:
-        """Return the summed gradient as its kernels take it: Triton reads 16 bits and applies two multipliers."""
-        flat = gradient.flat
-        names = {name for name, _ in self._choices(flat).values()}
+    @staticmethod
+    def _pieces(gradient: BucketGradient, names: set[str]) -> Iterator[Tensor]:
+        """Return the summed gradient as the kernels of these names take it.
+
+        Triton reads 16 bits and applies two multipliers.
+        """
         if TRITON not in names:
             return gradient.pieces()
         if len(gradient.multipliers) > 2:
