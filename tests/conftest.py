@@ -1,7 +1,7 @@
 """One thread for each process: tests use tensors that fit in cache, and several of them run side by side.
 
-Whatever needs three ranks or more is marked ``long``: two show most of it in the time that a person waits
-(``make test-long`` runs the rest).
+Some promises are about three ranks and more (``SHOWN_BY_MANY``). Elsewhere two show most of it in the time that a person
+waits, and whatever needs more is marked ``long`` (``make test-long``).
 
 Without a GPU Triton's kernels run in its interpreter, which Triton decides when it is imported.
 """
@@ -18,9 +18,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+SHOWN_BY_MANY = {"test_awkward_models", "test_fuzz", "test_never_hangs", "test_same_bits"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before the selection by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         num_ranks = item.callspec.params.get("num_ranks") if hasattr(item, "callspec") else None
-        if isinstance(num_ranks, int) and 3 <= num_ranks <= 8:
+        if isinstance(num_ranks, int) and 3 <= num_ranks <= 8 and item.path.stem not in SHOWN_BY_MANY:
             item.add_marker(pytest.mark.long)

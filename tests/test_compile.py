@@ -26,8 +26,6 @@ from tests.averaged_oracle import TINY_MB, Averaged, quantise
 from tests.ranks import run_ranks
 from tests.test_unmodified_loops import delayed
 
-pytestmark = pytest.mark.long
-
 RANKS = (1, 2, 3)
 
 
@@ -138,17 +136,21 @@ def _run_without_waits(rank: int, how: str) -> Trained:
         return _train(rank, how, "eager", prefetch=True, late_s=0.05)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how", ["blocks", *(pytest.param(how, marks=pytest.mark.long) for how in HOW if how != "blocks")]
+)
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_compiled_model_trains_to_the_same_bits(num_ranks: int, how: str) -> None:
     _compare(run_ranks(num_ranks, _run, how, "aot_eager", {}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", HOW)
 def test_prefetch_hooks_survive_compilation_when_collectives_are_late(how: str) -> None:
     _compare(run_ranks(2, _run, how, "aot_eager", {"prefetch": True, "late_s": 0.02}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", HOW)
 def test_compiled_model_reads_stale_parameters_when_hooks_do_not_wait(how: str) -> None:
     """The proof that the test above can fail."""
@@ -157,6 +159,7 @@ def test_compiled_model_reads_stale_parameters_when_hooks_do_not_wait(how: str) 
         _compare(results)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["whole", "blocks"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_compiled_model_is_traced_again_while_gradients_are_collected(num_ranks: int, how: str) -> None:
