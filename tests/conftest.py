@@ -1,7 +1,7 @@
 """One thread for each process: tests use tensors that fit in cache, and several of them run side by side.
 
-Some promises are about three ranks and more (``SHOWN_BY_MANY``). Elsewhere two show most of it in the time that a person
-waits, and whatever needs more is marked ``long`` (``make test-long``).
+Some promises are about three ranks and more (``SHOWN_BY_MANY``). Elsewhere two show most of it in the time that a
+person waits, and whatever needs more is marked ``long`` (``make test-long``).
 
 Without a GPU Triton's kernels run in its interpreter, which Triton decides when it is imported.
 """
