@@ -19,7 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-MOST_GROUPS = 12  # gloo's threads wake a hundred times a second each: hundreds of left groups would take a whole core
+MOST_GROUPS = 6  # gloo's threads wake a hundred times a second each: hundreds of left groups would take a whole core
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.testing", "torch._dynamo", "distadam"])

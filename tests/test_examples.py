@@ -84,7 +84,8 @@ def test_01_one_process_learns_as_torch_does():
     assert abs(float(ours[3]) - float(theirs[3])) < 2
 
 
-@pytest.mark.parametrize("start", [pytest.param(one, marks=LONG), launched, pytest.param(torchrun, marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [one, launched, torchrun])
 def test_02_two_processes_ends_with_equal_weights(start):
     printed = start("02_two_processes.py")
     right = [int(share) for share in re.findall(r"(\d+)% of sums right", printed)]
@@ -98,14 +99,16 @@ def test_02_two_processes_ends_with_equal_weights(start):
     assert all(moments_and_steps / len(ends) <= nbytes < moments_and_steps / len(ends) + 2048 for nbytes in state)
 
 
-@pytest.mark.parametrize("start", [one, pytest.param(launched, marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [one, launched])
 def test_03_mixed_precision_learns_every_way(start):
     losses = re.findall(r"loss (\S+) -> (\S+)", start("03_mixed_precision.py"))
     assert len(losses) == 4
     assert all(float(last) < 1e-3 < 0.05 < float(first) for first, last in losses)
 
 
-@pytest.mark.parametrize("start", [one, pytest.param(launched, marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [one, launched])
 def test_04_accumulation_clipping_gives_same_result_with_both_clips(start):
     rows = re.findall(r"loss (\S+) -> (\S+), first norm (\S+), last (\S+)", start("04_accumulation_clipping.py"))
     own, torchs = [[float(value) for value in row] for row in rows]
@@ -151,7 +154,7 @@ def reference(references, tmp_path_factory):
     [
         ("adamw", one),
         pytest.param("adamw", launched, marks=LONG),
-        ("sgd", torchrun),
+        pytest.param("sgd", torchrun, marks=LONG),
         pytest.param("rmsprop", one, marks=LONG),
         pytest.param("adam", one, marks=LONG),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import select
 import signal
 import socket
 import time
@@ -67,6 +68,31 @@ def test_silent_peer_is_named_after_the_timeout() -> None:
         here.wait(READY, 0, 0.2)
     assert time.monotonic() - begin < 5
     del there
+
+
+def test_token_that_another_thread_has_received_is_not_slept_through() -> None:
+    """One thread is about to sleep until something comes; another, launching something, receives what it waits for."""
+    mine, theirs = _pair()
+    real = select.poll
+    polls = []
+
+    class Poll:
+        def __init__(self) -> None:
+            self._poll = real()
+            self.register = self._poll.register
+
+        def poll(self, milliseconds: float) -> object:
+            if not polls:
+                theirs.tell(READY, 1, 5)
+                mine.tell(READ, 7)  # the other thread: takes what has come along
+            polls.append(milliseconds)
+            return self._poll.poll(milliseconds)
+
+    began_s = time.monotonic()
+    with mock.patch.object(mesh_module.select, "poll", Poll):
+        assert mine.wait(READY, 1, 20.0) == {1: 5}
+    assert polls, "nothing was waited for"
+    assert time.monotonic() - began_s < 10.0
 
 
 def test_peer_that_has_ended_is_named_at_once_and_reads_nothing_more() -> None:

@@ -27,6 +27,7 @@ READY, READ, MAP, UNMAP = range(4)
 
 _MESSAGE = struct.Struct("<IIQQ")  # kind, segment, number, bytes
 _MEETING_TIMEOUT_S = 30.0
+_LOOK_AGAIN_S = 0.01
 
 
 def machine_identity() -> str:
@@ -108,7 +109,8 @@ class Mesh:
                 raise RuntimeError(
                     f"nothing came from {', '.join(self._names[peer] for peer in missing)} within {timeout_s:g} s"
                 )
-            events.poll(min(left, 0.001 if pending else left) * 1000)
+            # Not for as long as it takes: another thread may have received the token before this one began to sleep.
+            events.poll(min(left, 0.001 if pending else _LOOK_AGAIN_S) * 1000)
 
     def _missing(self, kind: int, number: int) -> list[int]:
         came = self._segments.get((kind, number), {})

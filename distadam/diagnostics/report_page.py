@@ -146,7 +146,7 @@ def _layers(run: Run) -> str:
     found = run.parameters
     text = (
         "Each row is a parameter, in the order of the model; each cell shows the largest value of its steps, on a "
-        "logarithmic scale. Healthy training has update ratios near 1e-3."
+        "logarithmic scale."
     )
     if not found.columns:
         return ""

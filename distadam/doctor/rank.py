@@ -64,7 +64,7 @@ def self_test(seconds: float, checkpoints: Path | None, began: float) -> list[Fi
     owner = _Owner()
     groups = Groups.resolve(distadam.ShardPolicy(), MEETING_TIMEOUT_S, owner)
     collectives = Collectives(groups, Streams(), MEETING_TIMEOUT_S, "auto")
-    facts = [Facts(**value) for value in collectives.exchange(_as_dict(Facts.here()), "doctor")]
+    facts: list[Facts] = collectives.exchange(Facts.here(), "doctor")
     findings += compare_facts(facts)
     findings += _clocks(collectives, [fact.host for fact in facts])
     findings += _collectives(collectives, info.device, seconds)
@@ -95,10 +95,6 @@ def gather_findings(own: list[Finding], together: list[Finding]) -> list[Finding
             text = f"{host}: {entry['text']}" if several else entry["text"]
             gathered.append(Finding(**{**entry, "text": text}))
     return gathered + together
-
-
-def _as_dict(facts: Facts) -> dict[str, str]:
-    return {name: getattr(facts, name) for name in Facts.__slots__}
 
 
 def _clocks(collectives: Collectives, hosts: list[str]) -> list[Finding]:
