@@ -33,6 +33,7 @@ ALLOCATOR = {  # what `distadam launch` sets on CPU
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+MOST_DEVIATION = 0.05
 NO_NETWORK = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 
 
@@ -181,11 +182,23 @@ def measure(options: argparse.Namespace, servers: dict[str, Server], folder: Pat
                         if reason:
                             raise RuntimeError(reason)
                         results[entry.key] = servers[entry.allocator].run(job, options.timeout_s)
+                        _check(results[entry.key])
                     except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
                         section["failed"][entry.key] = str(error)
                 section["rounds"].append(results)
                 _say(section, number, options.rounds, results)
     return sections
+
+
+def _check(ranks: list[dict[str, Any]]) -> None:
+    """Refuse the times of a contender that trained something else.
+
+    Raises:
+        RuntimeError: it ended further from the reference than rounding takes it.
+    """
+    deviation = ranks[0].get("deviation")
+    if deviation is not None and not deviation < MOST_DEVIATION:
+        raise RuntimeError(f"wrong parameters: deviation {deviation:.1e} of the way that they moved")
 
 
 def _say(section: dict[str, Any], number: int, rounds: int, results: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.staggered import stagger_for
 
 SHOWN_BY_MANY = {
     "test_losing_a_rank_is_a_comm_error_on_the_others_within_the_timeout",
@@ -32,3 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         num_ranks = item.callspec.params.get("num_ranks") if hasattr(item, "callspec") else None
         if isinstance(num_ranks, int) and 3 <= num_ranks <= 8 and item.originalname not in SHOWN_BY_MANY:
             item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture(autouse=True)
+def staggered_buffers(request: pytest.FixtureRequest) -> None:
+    """Stagger this process's buffers; `tests.ranks` does it in the ranks."""
+    stagger_for(request.module.__name__)

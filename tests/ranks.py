@@ -40,6 +40,8 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection, timeou
     import torch
     import torch.distributed as dist
 
+    from tests.staggered import stagger_for
+
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*barrier.*")
@@ -57,6 +59,7 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection, timeou
         except EOFError:
             os._exit(0)
         torch.manual_seed(0)
+        stagger_for(function.__module__)
         try:
             answer = ("ok", function(rank, *args))
         except BaseException as error:

@@ -28,6 +28,8 @@ from distadam.layout.params import ALIGN
 from distadam.policies import CommPolicy
 from tests.ranks import run_ranks
 
+COUNTS_BYTES = True  # see tests/staggered.py
+
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2}
 PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 

@@ -26,6 +26,8 @@ from distadam.engine.ledger import Ledger
 from distadam.layout import plan
 from tests.ranks import run_ranks
 
+COUNTS_BYTES = True  # see tests/staggered.py
+
 BUCKET = distadam.CommPolicy(bucket_mb=4096 / 2**20, timeout_s=20.0)
 
 Make = Callable[..., Any]

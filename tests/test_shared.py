@@ -23,11 +23,13 @@ from torch import Tensor, nn
 import distadam
 from distadam import CommPolicy, ShardPolicy
 from distadam.comm import mesh as mesh_module
+from distadam.comm import shared as shared_module
 from distadam.comm.exchange import Exchange
 from distadam.comm.mesh import READ, READY, Mesh
 from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
 from distadam.errors import CommError, ConfigError, UsageError
 from tests.ranks import Pool, RanksFailed, run_ranks
+from tests.staggered import STAGGERED_ABOVE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -258,8 +260,9 @@ def test_memory_and_descriptors_go_with_their_owner() -> None:
     assert run_ranks(2, _leaks) == [(0, 0)] * 2
 
 
-def test_large_buffers_do_not_begin_at_one_offset_modulo_128_mib() -> None:
+def test_large_buffers_do_not_begin_at_one_offset_modulo_128_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as one pass reads together: parameters, gradients and three states of one size."""
+    monkeypatch.setattr(shared_module, "_STAGGERED_ABOVE", STAGGERED_ABOVE)
     size = 128 << 20
     places, end = [], 0
     for index in range(5):  # back to back, as mmap places them

@@ -47,7 +47,7 @@ class FullBuffer:
         cached = self._views.get(bucket.index)
         if cached is None:
             views = [
-                self.flat.as_strided(shape, stride, slot.offset)
+                self.flat.as_strided(shape, stride, self.flat.storage_offset() + slot.offset)
                 for slot, (shape, stride) in zip(bucket.slots, strides, strict=True)
             ]
             padding = [self.flat[slot.end : slot.padded_end] for slot in bucket.slots if slot.end < slot.padded_end]

@@ -85,8 +85,7 @@ class FlatBucket:
 
     def param_view(self, slot: int) -> Tensor:
         """Return the flat buffer's view of a slot, in the parameter's shape and strides."""
-        shape, strides = self.views[slot]
-        return self.param_flat.as_strided(shape, strides, self.bucket.slots[slot].offset)
+        return self.unflatten(self.param_flat, slot)
 
     def adopt(self, slots: Sequence[int]) -> None:
         """Copy the parameters of ``slots`` into the flat buffer and make them views of it."""
@@ -150,6 +149,9 @@ class FlatBucket:
         return dense.as_strided((self.bucket.slots[slot].numel,), (1,))
 
     def unflatten(self, full: Tensor, slot: int) -> Tensor:
-        """Return the view of a bucket-sized tensor that has the slot's shape and strides."""
+        """Return the view of a bucket-sized tensor that has the slot's shape and strides.
+
+        Large buffers begin inside their memory (Note [Stagger] in comm/shared.py), and `as_strided` counts from there.
+        """
         shape, strides = self.views[slot]
         return full.as_strided(shape, strides, full.storage_offset() + self.bucket.slots[slot].offset)
