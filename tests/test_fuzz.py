@@ -1,4 +1,4 @@
-"""200 random training runs on 1 to 4 ranks against an unsharded oracle.
+"""230 random training runs on 1 to 4 ranks against an unsharded oracle.
 
 A run is drawn from its seed, the same on every rank: shapes (0-d, empty, odd, channels last, transposed), dtypes
 (fp32, bf16, fp64), parameter groups with their own hyper-parameters, frozen parameters, rule, stage, bucket size,
@@ -41,9 +41,14 @@ from tests.unsharded import CLASSES, Unsharded, compute_dtype, integers
 SEEDS = {1: range(80), 2: range(80, 150), 3: range(150, 182), 4: range(182, 200)}
 """200 runs by number of ranks: fewer where they cost more."""
 
+LARGE_SEEDS = {1: range(1000, 1006), 2: range(1006, 1024), 3: range(1024, 1030)}
+"""Runs whose parameters take several chunks, pieces and buckets as real ones do, over every way to reduce."""
+
 LARGEST = 3  # so that sums over ranks and backwards stay below bf16's 256
 
 SHAPES = [(), (1,), (0,), (3, 0), (7,), (64,), (5, 13), (130,), (2, 3, 4, 4), (33, 9), (1500,)]
+LARGE_SHAPES = [(1,), (1500,), (131_073,), (700, 913), (1100, 1100), (64, 32, 12, 12), (1_500_001,)]
+LARGE_BUCKET_NBYTES = [500_000, 3 * 2**20, 25 * 2**20]
 BUCKET_NBYTES = [71, 300, 1024, 25 * 2**20]
 DTYPES = {
     "fp32": [torch.float32],
@@ -119,6 +124,7 @@ class Run:
 
     def __init__(self, rank: int, num_ranks: int, seed: int) -> None:
         self.rank, self.num_ranks, self.seed = rank, num_ranks, seed
+        self.large = seed >= 1000
         self.draw = draw = random.Random(seed)
         self.num_backwards = 0
         self.found: list[str] = []
@@ -133,9 +139,10 @@ class Run:
         policies = {
             "shard": ShardPolicy(stage=draw.choice([1, 2])),
             "comm": CommPolicy(
-                bucket_mb=draw.choice(BUCKET_NBYTES) / 2**20,
+                bucket_mb=draw.choice(LARGE_BUCKET_NBYTES if self.large else BUCKET_NBYTES) / 2**20,
                 overlap_reduce=draw.random() < 0.8,
                 overlap_gather=draw.random() < 0.8,
+                reduce=draw.choice(["native", "exchange", "shared"]) if self.large and num_ranks > 1 else "auto",
             ),
             "precision": PrecisionPolicy(reduce_dtype=draw.choice([None, None, None, torch.float32, torch.bfloat16])),
         }
@@ -155,7 +162,9 @@ class Run:
         generator = torch.Generator().manual_seed(self.seed)
         params = []
         for _ in range(draw.randint(1, 7)):
-            value = torch.randn(draw.choice(SHAPES), generator=generator).to(draw.choice(dtypes))
+            value = torch.randn(draw.choice(LARGE_SHAPES if self.large else SHAPES), generator=generator).to(
+                draw.choice(dtypes)
+            )
             if value.dim() == 4:
                 value = value.to(memory_format=torch.channels_last)
             elif value.dim() == 2 and draw.random() < 0.5:
@@ -384,6 +393,14 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("num_ranks", SEEDS)
 def test_random_runs_have_the_bits_of_the_unsharded_oracle(num_ranks: int) -> None:
     found = [text for texts in run_ranks(num_ranks, run_seeds, num_ranks, list(SEEDS[num_ranks])) for text in texts]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_ranks", LARGE_SEEDS)
+def test_random_runs_of_large_parameters_have_the_bits_of_the_unsharded_oracle(num_ranks: int) -> None:
+    seeds = list(LARGE_SEEDS[num_ranks])
+    found = [text for texts in run_ranks(num_ranks, run_seeds, num_ranks, seeds, timeout_s=600.0) for text in texts]
     assert not found, "\n".join(found)
 
 
