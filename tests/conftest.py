@@ -38,4 +38,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def staggered_buffers(request: pytest.FixtureRequest) -> None:
     """Stagger this process's buffers; `tests.ranks` does it in the ranks."""
-    stagger_for(request.module.__name__)
+    stagger_for(request.function)

@@ -59,7 +59,7 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection, timeou
         except EOFError:
             os._exit(0)
         torch.manual_seed(0)
-        stagger_for(function.__module__)
+        stagger_for(function)
         try:
             answer = ("ok", function(rank, *args))
         except BaseException as error:

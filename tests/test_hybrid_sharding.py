@@ -25,6 +25,7 @@ from distadam import CommPolicy, ShardPolicy
 from distadam.comm.collectives import Collectives
 from distadam.comm.streams import Pending
 from tests.ranks import run_ranks
+from tests.staggered import counts_bytes
 from tests.unsharded import BUCKET_MB, OPTIONS, Case, Expected, expected_result, train
 
 _groups: dict[str, Any] = {}
@@ -74,6 +75,7 @@ NUM_SHARDS = {grid: 2 for grid in GRIDS} | {
 }
 
 
+@counts_bytes
 def _train_on_grid(
     rank: int, grid: str, cases: Sequence[Case], expected: dict[tuple[str, int], Expected]
 ) -> tuple[list[str], int, int]:

@@ -33,6 +33,7 @@ from distadam.engine.rounds import BucketGradient
 from distadam.precision import MasterWeights, Temporary
 from tests.ranks import run_ranks
 from tests.reference_optimizers import ORACLES, Problem, make_group, worst_error
+from tests.staggered import counts_bytes
 from tests.unsharded import (
     BUCKET_MB,
     CLASSES,
@@ -207,6 +208,7 @@ def test_average_is_the_sum_and_one_division(num_ranks: int, dtype: torch.dtype)
 # Wire and accumulation dtypes (clause 4) ------------------------------------------------------------------------------
 
 
+@counts_bytes
 def _reduced(
     rank: int,
     dtype: torch.dtype,

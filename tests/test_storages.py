@@ -36,6 +36,7 @@ from distadam.precision import (
 )
 from tests.ranks import run_ranks
 from tests.reference_optimizers import ORACLES, Problem, make_group
+from tests.staggered import counts_bytes
 from tests.unsharded import BUCKET_MB, CLASSES, OPTIONS, backward, grads_of, make_params, poisoned, split_groups
 
 CPU = torch.device("cpu")
@@ -519,6 +520,7 @@ def test_padding_stays_out_of_scales_when_eps_is_zero(rule: str, master: str) ->
 # Choices --------------------------------------------------------------------------------------------------------------
 
 
+@counts_bytes
 def test_groups_choose_their_own_storages() -> None:
     embedding, rest = nn.Parameter(torch.ones(600)), nn.Parameter(torch.ones(600))
     groups = [{"params": [("embedding", embedding)], "moments": "fp32"}, {"params": [("rest", rest)]}]
