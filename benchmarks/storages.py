@@ -1,11 +1,11 @@
 """Train the GPT of examples/train_gpt.py with every storage: bytes per parameter, and validation loss over seeds.
 
-    python benchmarks/storages.py [--seeds 5] [--steps 400] [--out benchmarks/results]
+    python benchmarks/storages.py [--seeds 5] [--steps 300] [--out benchmarks/results]
 
 Seeds choose initial weights and batches, the same ones for every storage, so that differences between storages are
 taken seed by seed: their spread is much smaller than that of the losses. bfloat16 parameters are widened in the forward
 pass, which few CPUs compute in 16 bits at any speed; their gradients are bfloat16 again. Two runs at a time, one thread
-each. Writes JSON, a Markdown table and a picture.
+each. Writes JSON, a Markdown table and a picture; begun again, it trains only what the JSON of that day lacks.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import statistics
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,7 @@ def plot(results: list[dict[str, Any]], target: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     figure.tight_layout()
     figure.savefig(target, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -135,36 +137,53 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     # Seed by seed, so that a run that is stopped early has compared every storage.
-    jobs = [(name, seed, options.steps) for seed in range(options.seeds) for name in options.precisions]
-    results: list[dict[str, Any]] = []
+    results = finished(options)
+    done = {(result["precision"], result["seed"]) for result in results}
+    jobs = [
+        (name, seed, options.steps)
+        for seed in range(options.seeds)
+        for name in options.precisions
+        if (name, seed) not in done
+    ]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for result in pool.imap_unordered(run, jobs):
             results.append(result)
-            print(
-                f"{len(results)}/{len(jobs)} {result['precision']} seed {result['seed']}: {result['loss']:.4f}",
-                flush=True,
-            )
-            complete = [
-                seed
-                for seed in range(options.seeds)
-                if sum(result["seed"] == seed for result in results) == len(options.precisions)
-            ]
-            if len(complete) > 1:
-                write(options, [result for result in results if result["seed"] in complete], len(complete))
+            number = len(results) - len(done)
+            print(f"{number}/{len(jobs)} {result['precision']} seed {result['seed']}: {result['loss']:.4f}", flush=True)
+            write(options, results)
 
 
-def write(options: argparse.Namespace, results: list[dict[str, Any]], num_seeds: int) -> None:
-    """Write what all storages have been trained with so far: a run that is stopped leaves the seeds it finished."""
+def stem_of(options: argparse.Namespace) -> Path:
+    """Return where results go, without a suffix."""
+    folder: Path = options.out
+    return folder / f"storages_cpu_{date.today():%Y-%m-%d}"
+
+
+def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the runs that an earlier call with the same steps has finished today."""
+    source = stem_of(options).with_suffix(".json")
+    before = json.loads(source.read_text()) if source.exists() else {}
+    return before["runs"] if before.get("steps") == options.steps else []
+
+
+def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Write every run as JSON, and the table and the picture of the seeds that all storages have been trained with."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = stem_of(options)
+    counts = Counter(result["seed"] for result in results)
+    complete = [seed for seed, count in counts.items() if count == len(options.precisions)]
+    num_seeds = len(complete)
+    stem.with_suffix(".json").write_text(json.dumps({"steps": options.steps, "runs": results}, indent=1) + "\n")
+    if num_seeds < 2:
+        return
+    results = [result for result in results if result["seed"] in complete]
     results = sorted(results, key=lambda result: (options.precisions.index(result["precision"]), result["seed"]))
     about = (
         f"GPT of {MODEL} on 16 x {MODEL['seq_len']} bytes a step, {options.steps} steps of AdamW, betas (0.9, 0.98), "
         f"{num_seeds} seeds; torch {torch.__version__}, CPU, one process. Differences are taken seed by seed: mean ± "
         "standard error."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"storages_cpu_{date.today():%Y-%m-%d}"
     stem.with_suffix(".md").write_text(table(results, about))
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "runs": results}, indent=1) + "\n")
     plot(results, stem.with_suffix(".png"))
 
 

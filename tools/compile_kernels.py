@@ -2,8 +2,8 @@
 
     python tools/compile_kernels.py [--out docs/kernels.md] [--representative]
 
-The launches are those of `distadam.kernels.triton_ops`, with meta tensors for arguments: what is compiled here is what
-a GPU would run. Figures come from the compiler's own output: registers, spills and shared memory from
+The launches are those of `distadam.kernels.triton_update`, with meta tensors for arguments: what is compiled here is
+what a GPU would run. Figures come from the compiler's own output: registers, spills and shared memory from
 `cuobjdump -res-usage`, instructions and the width of each global access from the disassembly.
 """
 
