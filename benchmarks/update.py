@@ -1,21 +1,27 @@
 """Time the update of a flat shard on the CPU, for every storage, against torch._fused_adamw_ on fp32 tensors.
 
-    python benchmarks/update.py [--numel 10000000] [--rounds 9] [--out benchmarks/results]
+    python benchmarks/update.py [--numel 10000000] [--rounds 15] [--reference] [--out benchmarks/results]
 
-All variants take turns in each round, so that what else the machine does falls on all; what counts are ratios of
-medians within this one run. Gradients are fp32, as the reduction delivers them. Writes JSON and a Markdown table.
+All variants take turns in each round, each round beginning with another one, so that what else the machine does falls
+on all; what counts are ratios of medians within this one run. torch stands against itself, too: that ratio is the
+noise. Gradients are fp32, as the reduction delivers them. The last columns are a lower bound for the reference kernel:
+its passes over a chunk, each timed alone with its operands in the cache. Writes JSON and a Markdown table.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distadam.kernels import GradScaling, GroupRanges, ShardUpdate, make_kernel
 from distadam.policies import PrecisionPolicy
@@ -43,6 +49,7 @@ VARIANTS = [
     (torch.bfloat16, "stochastic", "8bit"),
     (torch.bfloat16, "none", "fp32"),
 ]
+CHUNK = 262_144  # of the reference kernel; passes are timed on one
 STAGGER = 5_120  # elements between flat buffers: at exact powers of two apart, cache sets collide
 
 
@@ -92,10 +99,53 @@ def ours(numel: int, dtype: torch.dtype, master: str, moments: str, kernel_name:
     return run
 
 
+class Calls(TorchDispatchMode):
+    """Records the operations that go through at least ``numel`` elements."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not func.is_view and max((tensor.numel() for tensor in tensors), default=0) >= self.numel:
+            self.calls.append(partial(func, *args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def passes(variant: Callable[[], None], numel: int, repeats: int = 40) -> tuple[int, float]:
+    """Return how many passes an update makes, and the sum of their times when each runs alone, operands in the cache.
+
+    No order of these passes can be faster: a chunk must be fetched from memory, too, and operations be called for
+    blocks, segments and scalars.
+
+    Args:
+        variant: An update of one chunk.
+        numel: Its elements; operations on fewer than half of them are not counted.
+        repeats: The best of so many times counts.
+    """
+    variant()
+    with Calls(numel // 2) as recorded:
+        variant()
+    total = 0.0
+    for call in recorded.calls:
+        best = math.inf
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - begin)
+        total += best
+    return len(recorded.calls), total
+
+
 def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants.items())
     for number in range(rounds + 1):
-        for name, run in variants.items():
+        order = order[7 % len(order) :] + order[: 7 % len(order)]
+        for name, run in order:
             getattr(run, "restore", lambda: None)()
             begin = time.perf_counter()
             run()
@@ -107,28 +157,41 @@ def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--numel", type=int, default=10_000_000 // 256 * 256)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reference", action="store_true", help="the reference kernel for every storage, too")
     parser.add_argument("--only", default="", help="variants whose names contain this")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    variants: dict[str, Callable[[], None]] = {"torch._fused_adamw_": torch_alone(options.numel)}
+    variants: dict[str, Callable[[], None]] = {
+        name: torch_alone(options.numel) for name in ("torch._fused_adamw_", "torch._fused_adamw_ again")
+    }
+    bounds: dict[str, tuple[int, float]] = {}
     for dtype, master, moments in VARIANTS:
         kernels = ["torch_fused", "reference"] if options.reference else ["torch_fused"]
         for kernel in kernels:
             name = f"{str(dtype).removeprefix('torch.')} parameters, master {master}, moments {moments}, {kernel}"
             if options.only in name:
                 variants[name] = ours(options.numel, dtype, master, moments, kernel)
+                if kernel == "reference":
+                    bounds[name] = passes(ours(CHUNK, dtype, master, moments, kernel), CHUNK)
     times = measure(variants, options.rounds)
     base = statistics.median(times["torch._fused_adamw_"])
-    rows = ["| update | min | median | max | ns per element | x torch._fused_adamw_ |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| update | min | median | max | ns per element | x torch._fused_adamw_ | passes | alone, ns per element | x |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, values in times.items():
         low, middle, high = min(values), statistics.median(values), max(values)
+        alone = ""
+        if name in bounds:
+            count, seconds = bounds[name]
+            share = seconds / CHUNK / (base / options.numel)
+            alone = f"{count} | {seconds / CHUNK * 1e9:.2f} | {share:.2f}"
         rows.append(
             f"| {name} | {low * 1e3:.1f} ms | {middle * 1e3:.1f} ms | {high * 1e3:.1f} ms "
-            f"| {middle / options.numel * 1e9:.2f} | {middle / base:.2f} |"
+            f"| {middle / options.numel * 1e9:.2f} | {middle / base:.2f} | {alone or ' | | '} |"
         )
     head = (
         f"AdamW on {options.numel:,} elements, one thread, {options.rounds} rounds; torch {torch.__version__}, "
@@ -139,7 +202,9 @@ def main() -> None:
     if options.out is not None:
         stem = options.out / f"update_cpu_{date.today():%Y-%m-%d}"
         stem.with_suffix(".md").write_text(text)
-        stem.with_suffix(".json").write_text(json.dumps({"about": head, "seconds": times}, indent=1) + "\n")
+        stem.with_suffix(".json").write_text(
+            json.dumps({"about": head, "seconds": times, "passes": bounds}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

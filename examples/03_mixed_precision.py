@@ -26,8 +26,15 @@ def build_model(device: torch.device) -> nn.Sequential:
     return nn.Sequential(nn.Linear(24, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 1)).to(device)
 
 
-def train_bf16(device: torch.device, steps: int, **storages: str) -> list[float]:
-    """Return the losses with bf16 parameters stored like that; the last layer has fp32 moments all the same."""
+def nbytes(optimizer: distadam.AdamW, model: nn.Module) -> float:
+    """Return the bytes per parameter of weights, masters and moments on this rank, padding included."""
+    kept = optimizer.memory_report().nbytes
+    numel = sum(param.numel() for param in model.parameters())
+    return (kept["parameters"] + kept["masters"] + kept["moments"]) / numel
+
+
+def train_bf16(device: torch.device, steps: int, **storages: str) -> tuple[list[float], float]:
+    """Return losses and bytes with bf16 parameters stored like that; the last layer has fp32 moments all the same."""
     model = build_model(device).bfloat16()
     groups = [{"params": model[:-1].parameters()}, {"params": model[-1].parameters(), "moments": "fp32"}]
     optimizer = distadam.AdamW(groups, lr=2e-3, precision=distadam.PrecisionPolicy(**storages))
@@ -38,11 +45,11 @@ def train_bf16(device: torch.device, steps: int, **storages: str) -> list[float]
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, nbytes(optimizer, model)
 
 
-def train_fp16(device: torch.device, steps: int) -> list[float]:
-    """Return the losses of fp16 autocast with a gradient scaler: the recipe of torch's documentation, unchanged."""
+def train_fp16(device: torch.device, steps: int) -> tuple[list[float], float]:
+    """Return losses and bytes of fp16 autocast with a gradient scaler: the recipe of torch's own documentation."""
     model = build_model(device)
     optimizer = distadam.AdamW(model.parameters(), lr=2e-3)
     scaler = torch.amp.GradScaler(device.type)
@@ -58,19 +65,20 @@ def train_fp16(device: torch.device, steps: int) -> list[float]:
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses, nbytes(optimizer, model)
 
 
 def main() -> None:
     group = distadam.init_process_group()
     runs = {"fp16 autocast, GradScaler": train_fp16}
-    for master, moments in (("fp32", "fp32"), ("split", "8bit"), ("stochastic", "8bit")):
+    for storages in ("fp32 fp32", "split fp32", "split bf16", "split 8bit", "stochastic 8bit"):
+        master, moments = storages.split()
         runs[f"bf16, {master}, {moments} moments"] = partial(train_bf16, master=master, moments=moments)
     for name, train in runs.items():
         torch.manual_seed(group.rank)
-        losses = train(group.device, steps=150)
+        losses, size = train(group.device, steps=150)
         if group.rank == 0:
-            print(f"{name:28} loss {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.1e}")
+            print(f"{name:31} {size:5.2f} bytes/parameter  loss {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.1e}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

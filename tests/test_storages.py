@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import distadam
 from distadam import CommPolicy, ConfigError, PrecisionPolicy, ShardPolicy
-from distadam.kernels import torch_fused
+from distadam.kernels import chunks, torch_fused
 from distadam.policies import PrecisionPolicy as Policy
 from distadam.precision import (
     BlockwiseMoment,
@@ -119,7 +119,7 @@ def test_split_rounds_ties_away_and_the_master_to_even() -> None:
 def test_split_trains_like_a_master_that_is_stored_with_ties_away_for_200_steps(rule: str, monkeypatch: Any) -> None:
     """The same gradients in bf16 and fp32 moments; clipping, weight decay and late layers included."""
 
-    def ties_away(self: Any, start: int, end: int, value: Tensor, step: Tensor, temporary: Any) -> None:
+    def ties_away(self: Any, start: int, end: int, value: Tensor, *_: Any) -> None:
         self.param_shard[start:end].view(torch.int16).copy_((value.view(torch.int32) + 0x8000) >> 16)
 
     monkeypatch.setattr(distadam.precision.MasterWeights, "store", ties_away)
@@ -498,6 +498,38 @@ def _everything(optimizer: Any) -> list[Tensor]:
             flat.state(name)
         tensors += [flat.param_flat, flat.steps, *(part.tensor for part in flat.stored().values())]
     return [t.view(torch.int16).clone() if t.dtype == torch.bfloat16 else t.clone() for t in tensors]
+
+
+def _nan_shows(rule: str, options: dict[str, Any], pattern: int) -> bool:
+    """Whether one gradient of these bits makes its block NaN in the states and its element NaN in the weight."""
+    param = nn.Parameter(torch.ones(512))
+    optimizer = CLASSES[rule]([param], **{**options, "lr": 1e-2}, precision=PrecisionPolicy(moments="8bit"))
+    grad = torch.ones(512)
+    grad.view(torch.int32)[300] = signed(pattern)
+    param.grad = grad
+    optimizer.step()
+    flat = optimizer._flats[0]
+    names = optimizer._rule.state_names(optimizer.param_groups[0])
+    states = [flat.state(name).read(0, 512) for name in names]
+    shows = all(torch.isnan(state[256:]).all() and torch.isfinite(state[:256]).all() for state in states)
+    return shows and torch.isnan(param).nonzero().tolist() == [[300]]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch_fused"])
+@pytest.mark.parametrize("rule", list(OPTIONS))
+def test_one_look_at_the_weights_finds_a_nan_in_every_state(
+    rule: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a NaN with all bits set, the random bits that are added would make a small number."""
+    if kernel == "torch_fused" and rule == "rmsprop":
+        return
+    monkeypatch.setenv("DISTADAM_KERNEL", kernel)
+    every = [options for options in OPTIONS[rule] if not options.get("centered")]
+    for options in every:
+        assert all(_nan_shows(rule, options, pattern) for pattern in (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001)), options
+    monkeypatch.setattr(chunks, "is_tame", lambda value: True)
+    with_state = [options for options in every if rule != "sgd" or options.get("momentum")]
+    assert not any(_nan_shows(rule, options, 0xFFFFFFFF) for options in with_state), "nobody would notice"
 
 
 @pytest.mark.parametrize("rule", ["adam", "adamw", "rmsprop"])

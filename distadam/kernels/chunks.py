@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distadam.kernels.update import GroupRanges, ShardUpdate
-from distadam.precision import Moment, Weights
+from distadam.precision import Moment, Weights, is_tame
 from distadam.rules import Scratch
 
 _WEIGHT = 16
@@ -67,6 +67,7 @@ class Chunks:
         size = self._cpu_size if self._device.type == "cpu" else self._device_size
         zero_padding = ranges.padding if ranges.group.get("eps") == 0 else ()
         storages: list[Weights | Moment] = [update.weights, *(update.states[name] for name in names)]
+        looks = any(storage.looks for storage in storages)
         for index, (first, last) in enumerate(ranges.spans):
             for start in range(first, last, size):
                 end = min(start + size, last)
@@ -78,9 +79,10 @@ class Chunks:
                     low, high = max(begin, start), min(stop, end)
                     if low < high:
                         torch._foreach_zero_([value[low - start : high - start] for value in loaded])
+                tame = is_tame(loaded[0]) if looks else None
                 for storage, value in zip(storages, loaded, strict=True):
                     if storage.stores:
-                        storage.store(start, end, value, ranges.steps[index], self.temporary)
+                        storage.store(start, end, value, ranges.steps[index], self.temporary, tame)
                 for before, now in kept:
                     torch.where(skip, before, now, out=now)  # type: ignore[arg-type]
 

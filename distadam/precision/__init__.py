@@ -10,6 +10,7 @@ from torch import Tensor
 from distadam.precision.choice import GROUP_KEYS, StorageChoice, check_rule, choose
 from distadam.precision.counters import WEIGHT_STREAM, Counters, Run, start_of, stream_of
 from distadam.precision.moments import UNSIGNED, BlockwiseMoment, Moment, PlainMoment
+from distadam.precision.rounding import is_tame
 from distadam.precision.storage import Allocate, Storage, StoredTensor, Temporary
 from distadam.precision.weights import (
     MasterWeights,
@@ -41,6 +42,7 @@ __all__ = [
     "check_rule",
     "choose",
     "compute_dtype",
+    "is_tame",
     "make_moment",
     "make_weights",
     "start_of",

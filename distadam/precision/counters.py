@@ -96,9 +96,9 @@ def permutation() -> Tensor:
 
 
 @cache
-def permutation_twice(device: torch.device) -> Tensor:
-    """Return the permutation two times over, so that any walk of 65,536 numbers is one slice of it."""
-    return permutation().repeat(2).to(device)
+def permutation_twice(device: torch.device, factor: int) -> Tensor:
+    """Return the permutation times ``factor``, two times over: any walk of 65,536 numbers is one slice of it."""
+    return (permutation() * factor).repeat(2).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Counters:
             self._add_blocks_(bits, start, end, step, factor)
 
     def _add_slices_(self, bits: Tensor, start: int, end: int, step: int, factor: int) -> None:
-        table = permutation_twice(self.device)
+        table = permutation_twice(self.device, factor)
         first = max(0, bisect_right(self._starts, start) - 1)
         for begin, stop, lane, key in self._segments[first:]:
             if begin >= end:
@@ -162,7 +162,7 @@ class Counters:
             low, high = max(begin, start), min(stop, end)
             if low < high:
                 place = ((lane + low - begin) + offset_of(key, step)) & 0xFFFF
-                bits[low - start : high - start].add_(table[place : place + high - low], alpha=factor)
+                bits[low - start : high - start].add_(table[place : place + high - low])
 
     def _add_blocks_(self, bits: Tensor, start: int, end: int, step: Tensor, factor: int) -> None:
         keys, lanes = self.tables()
@@ -170,7 +170,7 @@ class Counters:
         offset = _mix_words(((keys[blocks] ^ step.long()) + GOLDEN) & 0xFFFFFFFF)
         first = (lanes[blocks] + offset) & 0xFFFF
         index = first[:, None] + torch.arange(BLOCK, device=self.device)
-        bits.add_(permutation_twice(self.device)[index.view(-1)], alpha=factor)
+        bits.add_(permutation_twice(self.device, factor)[index.view(-1)])
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Return for each block of 256 elements of the shard its segment's key and the low 16 bits of its first id.

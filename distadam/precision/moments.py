@@ -31,6 +31,8 @@ class Moment(Storage, Protocol):
 class PlainMoment:
     """A state in the compute dtype, or in bfloat16 rounded to nearest even."""
 
+    looks = False
+
     def __init__(
         self, numel: int, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, allocate: Allocate
     ):
@@ -43,7 +45,9 @@ class PlainMoment:
         """Widen."""
         out.copy_(self.tensor[start:end])
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Round to nearest even."""
         self.tensor[start:end].copy_(value)
 
@@ -75,6 +79,7 @@ class BlockwiseMoment:
     name = "8bit"
     direct: Tensor | None = None
     stores = True
+    looks = True
 
     def __init__(self, numel: int, signed: bool, counters: Counters, device: torch.device, allocate: Allocate) -> None:
         self.codes = allocate("moments", numel, torch.uint8, device).zero_()
@@ -89,9 +94,11 @@ class BlockwiseMoment:
         """Decode."""
         blockwise.decode(*self._part(start, end), self.levels, out, temporary)
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Round stochastically and encode."""
-        bits = blockwise.prepare_(value)
+        bits = blockwise.prepare_(value, tame)
         self.counters.add_(bits, start, end, step, 16)
         blockwise.encode(bits, self.levels, *self._part(start, end), temporary)
 

@@ -29,6 +29,7 @@ import math
 import torch
 from torch import Tensor
 
+from distadam.precision.constants import constant
 from distadam.precision.storage import Temporary
 
 _HIGH = 0
@@ -42,7 +43,12 @@ def halves(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_tame(value: Tensor) -> bool:
-    """Say whether the host can tell, in one pass, that every number is finite and far from the largest one."""
+    """Say whether the host can tell, in one pass, that every number is finite and far from the largest one.
+
+    [Note: one look at a chunk]
+        It is asked of the new weights, once, and answers for the states too, of which only a NaN must be known: a rule
+        moves a weight by a multiple of its states, so a NaN in one of them is a NaN in the weight.
+    """
     return value.device.type == "cpu" and math.isfinite(torch.dot(value, value))
 
 
@@ -59,18 +65,20 @@ def join(param: Tensor, remainder: Tensor, out: Tensor, temporary: Temporary) ->
     out.view(torch.int32).copy_(remainder).add_(high, alpha=0x10000)
 
 
-def split_(value: Tensor, param: Tensor, remainder: Tensor) -> None:
+def split_(value: Tensor, param: Tensor, remainder: Tensor, tame: bool | None = None) -> None:
     """Store fp32 weights as ``param`` and ``remainder``; see [Note: split weights].
 
     Args:
         value: float32, shape (n,), overwritten.
         param: bfloat16, shape (n,).
         remainder: int16, shape (n,).
+        tame: What `is_tame` says of ``value``; None where nobody has looked.
     """
     bits = value.view(torch.int32)
     remainder.copy_(bits)
-    if is_tame(value):
-        param.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
+    if is_tame(value) if tame is None else tame:
+        bits.add_(constant(0x8000, torch.int32)).bitwise_right_shift_(constant(16, torch.int32))
+        param.view(torch.int16).copy_(bits)
         return
     high = halves(value)[0]
     quiet = (high & -0x8000) | 0x7FC0
@@ -88,7 +96,7 @@ def truncate_(value: Tensor, bits_before: Tensor | None, param: Tensor) -> None:
         param: bfloat16, shape (n,).
     """
     if bits_before is None:
-        param.view(torch.int16).copy_(value.view(torch.int32).bitwise_right_shift_(16))
+        param.view(torch.int16).copy_(value.view(torch.int32).bitwise_right_shift_(constant(16, torch.int32)))
         return
     high = halves(value)[0]
     magnitude = bits_before & 0x7FFFFFFF

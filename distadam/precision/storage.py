@@ -37,11 +37,13 @@ class Storage(Protocol):
         direct: The shard in the compute dtype where it lies in memory like that: the update writes it in place and
             `load` is not called. None where elements are loaded and stored.
         stores: Whether `store` must be called after an update.
+        looks: Whether `store` is quicker where it is told that the numbers are tame.
     """
 
     name: str
     direct: Tensor | None
     stores: bool
+    looks: bool
 
     def load(self, start: int, end: int, out: Tensor, temporary: Temporary) -> None:
         """Write elements [start, end) of the shard, multiples of its alignment, to ``out`` in the compute dtype.
@@ -50,7 +52,9 @@ class Storage(Protocol):
         """
         ...
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Store ``value`` as elements [start, end) of the shard; its memory may be overwritten unless it is `direct`.
 
         Args:
@@ -59,6 +63,8 @@ class Storage(Protocol):
             value: Shape (end - start,), compute dtype.
             step: 0-D float32 step count of these elements, on the device; stochastic rounding depends on it.
             temporary: Lends scratch.
+            tame: What `is_tame` says of the weights that belong to ``value`` (see [Note: one look at a chunk]); None
+                where nobody has looked.
 
         Syncs: never.
         """

@@ -39,6 +39,7 @@ class OwnWeights:
 
     name = "own"
     stores = False
+    looks = False
 
     def __init__(self, param_shard: Tensor) -> None:
         self.param_shard = param_shard
@@ -48,7 +49,9 @@ class OwnWeights:
         """Copy; see `Storage.load`."""
         out.copy_(self.param_shard[start:end])
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Copy; see `Storage.store`."""
         self.param_shard[start:end].copy_(value)
 
@@ -65,6 +68,7 @@ class MasterWeights:
 
     name = "fp32 master"
     stores = True
+    looks = False
 
     def __init__(self, param_shard: Tensor, allocate: Allocate) -> None:
         self.param_shard = param_shard
@@ -76,7 +80,9 @@ class MasterWeights:
         """Copy; see `Storage.load`."""
         out.copy_(self.master[start:end])
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Round the masters, which ``value`` is, into the parameter."""
         self.param_shard[start:end].copy_(value)
 
@@ -95,6 +101,7 @@ class SplitWeights:
 
     name = "split"
     stores = True
+    looks = True
     direct: Tensor | None = None
 
     def __init__(self, param_shard: Tensor, allocate: Allocate) -> None:
@@ -105,9 +112,11 @@ class SplitWeights:
         """Join parameter and remainder."""
         join(self.param_shard[start:end], self.remainder[start:end], out, temporary)
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Split into parameter and remainder."""
-        split_(value, self.param_shard[start:end], self.remainder[start:end])
+        split_(value, self.param_shard[start:end], self.remainder[start:end], tame)
 
     def reload(self, written: Sequence[Span]) -> None:
         """Drop the low bits of what was written: nobody knows any more which elements have changed."""
@@ -129,6 +138,7 @@ class StochasticWeights:
 
     name = "stochastic"
     stores = True
+    looks = True
     direct: Tensor | None = None
 
     def __init__(self, param_shard: Tensor, counters: Counters) -> None:
@@ -139,10 +149,13 @@ class StochasticWeights:
         """Widen the parameter."""
         out.copy_(self.param_shard[start:end])
 
-    def store(self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary) -> None:
+    def store(
+        self, start: int, end: int, value: Tensor, step: Tensor, temporary: Temporary, tame: bool | None = None
+    ) -> None:
         """Round stochastically."""
         bits = value.view(torch.int32)
-        before = None if is_tame(value) else temporary(0, value.numel(), torch.int32).copy_(bits)
+        tame = is_tame(value) if tame is None else tame
+        before = None if tame else temporary(0, value.numel(), torch.int32).copy_(bits)
         self.counters.add_(bits, start, end, step, 1)
         truncate_(value, before, self.param_shard[start:end])
 
