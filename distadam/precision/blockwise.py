@@ -69,7 +69,7 @@ _UNITS = 2048
 def _scales(device: torch.device) -> Tensor:
     """Return the scale of a block for every a, its largest y: float32, shape (2048,); see [Note: 8-bit moments]."""
     largest = torch.arange(_UNITS, dtype=torch.int32)
-    units = (((largest + 7) & ~7).clamp_(min=256) * largest.clamp(max=1)).masked_fill_(largest > 2032, 0x7F8 + 4)
+    units = (((largest + 7) & ~7).clamp_(min=256) * largest.clamp(max=1)).masked_fill_(largest > 2032, 0x7FC)
     return (units << 20).view(torch.float32).to(device)
 
 
