@@ -101,7 +101,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         weakref.finalize(self, _remove_all, self._reducer.hooks, self._reducer.frozen_hooks).atexit = False
         weakref.finalize(self, self._norm.settle)
         self._collectives.on_failure = _weak_method(self, "_dump")
-        dumps.watch(_weak_method(self, "wait_report"))
+        dumps.watch(self)
         self._prefetched: set[int] = set()
         self._ddp_checked = False
         self._iterating = False
@@ -538,7 +538,15 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         Returns:
             What takes it away again.
         """
-        return self._observers.add(observer)
+        remove = self._observers.add(observer)
+        self._reducer.inspect = self._observers.reducing
+
+        def stop() -> None:
+            remove()
+            if not self._observers:
+                self._reducer.inspect = None
+
+        return stop
 
     def compare_before_steps(self, witness: Witness) -> Callable[[], None]:
         """Let `witness` say before each step what must be the same on every rank: `diagnostics.check_ranks` does.

@@ -6,18 +6,24 @@ real: processes under `distadam launch` with a timeout of some seconds; what is 
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from distadam import RankMismatchError, UsageError, diagnostics
-from distadam.cli.wait_page import merge
+from distadam import CommError, RankMismatchError, UsageError, diagnostics
+from distadam.cli.wait_page import merge, read_dumps
+from distadam.engine import dumps
 from tests.ranks import run_ranks
 from tests.test_inspect_faults import build, loss_of
 
@@ -30,6 +36,8 @@ def train(rank: int, fault: str, num_steps: int = 6) -> tuple[int, str, list[flo
     odd = rank == 1
     for step in range(1, num_steps + 1):
         loss_of(model, rank, step).backward()
+        if step == 4 and fault == "bit":
+            dist.barrier()  # a rank may be done with a step whose result its peers still read from its memory
         if step == 4 and odd:
             plant(fault, model, optimizer)
         before = torch.cat([param.detach().flatten() for param in model.parameters()])
@@ -139,6 +147,7 @@ def checked_every(rank: int) -> tuple[str, str]:
         for step in range(1, 6):
             loss_of(model, rank, step).backward()
             optimizer.step()
+        dist.barrier()
         if rank == 1:
             model.gain.data.view(torch.int32).numpy()[2] ^= 1
         loss_of(model, rank, 6).backward()
@@ -187,6 +196,18 @@ def test_wait_report_names_what_has_not_come() -> None:
         assert found["after"]["never_ready"] == []
 
 
+def test_wait_report_keeps_no_optimizer_alive() -> None:
+    model, optimizer = build()
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        assert optimizer.wait_report().never_ready == ()
+        del model, optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 HANGS = """
     import time
     import torch
@@ -212,9 +233,56 @@ HANGS = """
 """
 
 
+STOPPED = """
+    import time
+    import torch
+    import distadam
+
+    weight, gain = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = distadam.SGD([("weight", weight), ("gain", gain)], lr=0.1)
+
+    def hang_here(grad):
+        print("hangs", flush=True)
+        time.sleep(1000)
+
+    weight.register_hook(hang_here)
+    (weight * gain).sum().backward()
+"""
+
+
+def test_rank_that_hangs_writes_where_it_stands_when_it_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(STOPPED)]
+    environment = os.environ | {"DISTADAM_DUMPS": str(tmp_path), "RANK": "3"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hangs\n"
+        process.terminate()
+        assert process.wait(timeout=60) == -signal.SIGTERM
+    dump = json.loads((tmp_path / "rank-3.json").read_text())
+    assert (dump["rank"], dump["reason"]) == (3, "")
+    report = dump["optimizers"][0]
+    assert " in hang_here" in report["at"]
+    assert "weight" in report["never_ready"]
+
+
+def test_failed_collective_is_logged_and_under_the_launcher_written(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.delenv("DISTADAM_DUMPS", raising=False)
+    _, optimizer = build()
+    report = optimizer.wait_report()
+    dumps.failed(CommError("timed out"), report)
+    assert "where this rank stands: rank 0 of 1, step 0" in caplog.text
+    monkeypatch.setenv("DISTADAM_DUMPS", str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    dumps.failed(CommError("timed out"), report)
+    page = merge(read_dumps(tmp_path))
+    assert "rank 0: timed out" in page
+    assert "nothing has come yet on rank 0" in page
+
+
+@pytest.mark.long
 def test_launch_shows_where_ranks_stood_when_one_hangs_in_backward(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(HANGS).format(timeout_s=5.0))
+    script.write_text(textwrap.dedent(HANGS).format(timeout_s=15.0))
     command = [
         sys.executable,
         "-m",
@@ -236,9 +304,9 @@ def test_launch_shows_where_ranks_stood_when_one_hangs_in_backward(tmp_path: Pat
     assert " in hang_here" in page
     assert "waits for gradients of gain on rank 1" in page
     assert "never ready on rank 1: gain, first.weight" in page
-    dumps = json.loads((tmp_path / "logs" / "waits.json").read_text())
-    assert [dump["rank"] for dump in dumps] == [0, 1]
-    assert any("hang_here" in frame for frame in dumps[1]["optimizers"][0]["stack"])
+    found = json.loads((tmp_path / "logs" / "waits.json").read_text())
+    assert [dump["rank"] for dump in found] == [0, 1]
+    assert any("hang_here" in frame for frame in found[1]["optimizers"][0]["stack"])
 
 
 def test_page_puts_ranks_and_buckets_that_are_alike_together() -> None:
@@ -247,9 +315,9 @@ def test_page_puts_ranks_and_buckets_that_are_alike_together() -> None:
         report = {"step": 7, "at": "train.py:3 in main", "buckets": buckets, "never_ready": missing}
         return {"rank": rank, "attempt": 0, "reason": "timed out" if rank != 2 else "", "optimizers": [report]}
 
-    dumps = [dump(rank, ["reduced", "reduced", "waits"], []) for rank in (0, 1, 3)]
-    dumps.insert(2, dump(2, ["reduced", "reduced", "other"], [f"w{n}" for n in range(9)]))
-    assert merge(dumps).splitlines()[1:] == [
+    told = [dump(rank, ["reduced", "reduced", "waits"], []) for rank in (0, 1, 3)]
+    told.insert(2, dump(2, ["reduced", "reduced", "other"], [f"w{n}" for n in range(9)]))
+    assert merge(told).splitlines()[1:] == [
         "  ranks 0, 1, 3: timed out",
         "  rank 2: was ended; until then it had raised nothing",
         "  ranks 0 to 3: step 7, at train.py:3 in main",

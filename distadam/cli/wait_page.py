@@ -76,8 +76,8 @@ def _write_buckets(page: io.StringIO, reports: Mapping[int, Any]) -> None:
             if index < len(report["buckets"])
         )
         lines.setdefault(tuple((state, tuple(ranks)) for state, ranks in states), []).append(index)
-    for states, buckets in list(lines.items())[:_MOST_BUCKETS]:
-        shown = "; ".join(f"{state} on {_spell(ranks)}" for state, ranks in states)
+    for alike, buckets in list(lines.items())[:_MOST_BUCKETS]:
+        shown = "; ".join(f"{state} on {_spell(ranks)}" for state, ranks in alike)
         page.write(f"  bucket{'s' if len(buckets) > 1 else ''} {_runs(buckets)}: {shown}\n")
 
 

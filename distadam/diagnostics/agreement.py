@@ -178,7 +178,7 @@ def _bits(param: Tensor) -> Tensor:
 def _checksum(bits: Tensor) -> Tensor:
     factors = _factors(min(_CHUNK, bits.numel()), bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for number, part in enumerate(bits.split(_CHUNK)):
+    for number, part in enumerate(torch.split(bits, _CHUNK)):
         # Odd factors: no bit of a difference is lost.
         total += (part * factors[: part.numel()]).sum() * (2 * number + 1)
     return total

@@ -16,27 +16,31 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+import weakref
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from distadam.engine.waiting import WaitReport
 
 VARIABLE = "DISTADAM_DUMPS"
 
 _logger = logging.getLogger("distadam")
-_reports: list[Callable[[], WaitReport | None]] = []
 
 
-def watch(report: Callable[[], WaitReport | None]) -> None:
-    """Ask ``report`` of each optimizer where this rank stands, whenever that is to be written down.
+class Reporter(Protocol):
+    """An optimizer."""
 
-    Args:
-        report: must not keep its optimizer alive; returns None once that is gone.
-    """
-    _reports[:] = [known for known in _reports if known() is not None]
-    _reports.append(report)
+    def wait_report(self) -> WaitReport:
+        """Say where this rank stands."""
+
+
+_reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()
+
+
+def watch(optimizer: Reporter) -> None:
+    """Ask ``optimizer`` too, as long as it lives, whenever it is to be written down where this rank stands."""
+    _reporters.add(optimizer)
     if VARIABLE in os.environ and threading.current_thread() is threading.main_thread():
         _listen()
 
@@ -99,8 +103,10 @@ def _serve(reader: int) -> None:
         if signal.SIGTERM not in os.read(reader, 64):
             continue
         try:
-            _write("", [report for known in _reports if (report := known()) is not None])
+            _write("", [optimizer.wait_report() for optimizer in list(_reporters)])
         finally:
             if signal.getsignal(signal.SIGTERM) is _leave_it_to_the_thread:
-                ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, 0)  # signal.signal is the main thread's, which may hang
+                ctypes.pythonapi.PyOS_setsig(
+                    signal.SIGTERM, ctypes.c_void_p(None)
+                )  # signal.signal is the main thread's, which may hang
                 os.kill(os.getpid(), signal.SIGTERM)

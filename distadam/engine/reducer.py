@@ -67,6 +67,7 @@ class Reducer:
         self.num_active = 0  # ranks to average over, for joined ranks to hear; 0 is all
         self.operations: Operations
         self.arriving: Mapping[int, Pending] = {}
+        self.inspect: Callable[[FlatBucket, Tensor], None] | None = None
         self.chain = chain
         self._collectives = collectives
         self._ledger = ledger
@@ -221,7 +222,7 @@ class Reducer:
 
     def _launch(self, gradient: BucketGradient) -> None:
         self.chain.order.append(gradient.flat.bucket.index)
-        gradient.launch()
+        gradient.launch(self.inspect)
 
     def _install_stand_ins(self) -> None:
         """At the end of a backward every trainable parameter's ``grad`` is a stand-in, on every rank the same."""

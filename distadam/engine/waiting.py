@@ -45,7 +45,7 @@ class WaitReport:
 
     Attributes:
         rank, num_ranks: of shard x replicate.
-        step: the step under way, counted from 1 since the optimizer was built; 0 where one rank counts none.
+        step: the step under way, counted from 1 since the optimizer was built; between steps the last one.
         buckets: in order.
         at: where the main thread is in the user's own code, "file:line in function".
         stack: the main thread's innermost calls, outermost first.
@@ -119,10 +119,9 @@ def wait_report(reducer: Reducer, arriving: Collection[int], rank: int, num_rank
 
 
 def _main_thread() -> tuple[str, tuple[str, ...]]:
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None:
-        return "its end", ()
-    frames = [entry for entry in traceback.extract_stack(frame) if not entry.filename.startswith("<")]
+    # No name for the frame: it may be this one, which would then keep itself, and all that its callers hold, alive.
+    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    frames = [entry for entry in stack if not entry.filename.startswith("<")]
     shown = [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in frames]
     own = [text for entry, text in zip(frames, shown, strict=True) if not entry.filename.startswith(_NOT_THE_USERS)]
     return (own or shown)[-1], tuple(shown[-_MOST_FRAMES:])
