@@ -121,7 +121,7 @@ def wait_report(reducer: Reducer, arriving: Collection[int], rank: int, num_rank
 def _main_thread() -> tuple[str, tuple[str, ...]]:
     # No name for the frame: it may be this one, which would then keep itself, and all that its callers hold, alive.
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
-    frames = [entry for entry in stack if not entry.filename.startswith("<")]
+    frames = [entry for entry in stack if not entry.filename.startswith("<frozen")]
     shown = [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in frames]
     own = [text for entry, text in zip(frames, shown, strict=True) if not entry.filename.startswith(_NOT_THE_USERS)]
     return (own or shown)[-1], tuple(shown[-_MOST_FRAMES:])
