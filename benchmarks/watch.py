@@ -4,8 +4,8 @@
 
 Two figures from one run. Pairs: 10 steps without a watcher and 10 with one, the order changing from pair to pair; the
 median over pairs of the ratio, with quartiles, in wall time. On a machine that others use its spread may be larger than
-the cost, so there is also the time spent inside the watcher's own code (what the optimizer calls, the hooks on
-gradients, `log`), as a share of the watched steps; what it does to caches is not in that. One process, one thread.
+the cost, so there is also the time spent inside the watcher's own code (what the optimizer calls, `log`), as a share of
+the watched steps; what it does to caches is not in that. One process, one thread.
 """
 
 import argparse
@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_gpt
 
 from distadam import diagnostics
-from distadam.diagnostics.nonfinite import NonFiniteHooks
 from distadam.diagnostics.watch import Watcher
 
 BLOCK = 10
@@ -72,10 +71,8 @@ class Inside:
         return call
 
     def install(self) -> None:
-        for name in ("begin_step", "begin_bucket", "gradient", "end_bucket", "end_step", "log"):
+        for name in ("reducing", "begin_step", "begin_bucket", "gradient", "end_bucket", "end_step", "log"):
             setattr(Watcher, name, self.timed(getattr(Watcher, name)))
-        look_at = NonFiniteHooks._look_at
-        NonFiniteHooks._look_at = lambda hooks, name: self.timed(look_at(hooks, name))
 
 
 def measure(pairs: int) -> tuple[list[tuple[float, float]], float]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from distadam.comm import Collectives, CollectiveStats, Groups, Join, Joinable, JoinHook, Streams
-from distadam.engine import places, prefetch, state
+from distadam.engine import dumps, places, prefetch, state
 from distadam.engine.access import Access
+from distadam.engine.chain import Chain, Witness
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.gatherer import Gatherer
 from distadam.engine.gradients import ShardedGradient, register_foreach
@@ -32,6 +33,7 @@ from distadam.engine.reducer import Reducer, joined_error
 from distadam.engine.shadow import ShadowHook
 from distadam.engine.stepper import KernelReport, Stepper
 from distadam.engine.votes import Purpose, pack_floats, unpack_floats
+from distadam.engine.waiting import WaitReport, wait_report
 from distadam.errors import ConfigError, NonFiniteError, RankMismatchError, UsageError
 from distadam.layout import Fingerprint, Layout, first_difference
 from distadam.policies import CommPolicy, OffloadPolicy, PrecisionPolicy, ShardPolicy
@@ -83,6 +85,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._reducer = Reducer(
             self._collectives,
             self._ledger,
+            Chain(self.param_groups, tuple(self.defaults)),
             shard=shard,
             precision=precision,
             comm=comm,
@@ -97,6 +100,8 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._ledger.watch("scratch", self._collectives.scratch)
         weakref.finalize(self, _remove_all, self._reducer.hooks, self._reducer.frozen_hooks).atexit = False
         weakref.finalize(self, self._norm.settle)
+        self._collectives.on_failure = _weak_method(self, "_dump")
+        dumps.watch(self)
         self._prefetched: set[int] = set()
         self._ddp_checked = False
         self._iterating = False
@@ -512,6 +517,18 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         """Return which kernel serves which bucket and parameter group, how its bytes travel, and why."""
         return self._stepper.report(self._flats, self._collectives.transport)
 
+    def wait_report(self) -> WaitReport:
+        """Return where this rank stands: buckets that are reduced or wait, parameters whose gradient has not come.
+
+        Local; may be called from another thread while this rank hangs. When a collective fails it is logged, and
+        `distadam launch` shows those of all ranks on one page.
+        """
+        groups = self._collectives.groups
+        return wait_report(self._reducer, self._gatherer.arriving, groups.rank, groups.num_ranks)
+
+    def _dump(self, error: Exception) -> None:
+        dumps.failed(error, self.wait_report())
+
     def observe(self, observer: StepObserver) -> Callable[[], None]:
         """Show `observer` every step from now on: `distadam.diagnostics` does. Communicates nothing.
 
@@ -521,7 +538,26 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         Returns:
             What takes it away again.
         """
-        return self._observers.add(observer)
+        remove = self._observers.add(observer)
+        self._reducer.inspect = self._observers.reducing
+
+        def stop() -> None:
+            remove()
+            if not self._observers:
+                self._reducer.inspect = None
+
+        return stop
+
+    def compare_before_steps(self, witness: Witness) -> Callable[[], None]:
+        """Let `witness` say before each step what must be the same on every rank: `diagnostics.check_ranks` does.
+
+        Returns:
+            What takes it away again; on every rank, between the same steps.
+
+        Raises:
+            UsageError: there is one already.
+        """
+        return self._reducer.chain.attend(witness)
 
     @property
     def comm_stats(self) -> CollectiveStats:

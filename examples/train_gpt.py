@@ -6,6 +6,7 @@
     python examples/train_gpt.py --reference --out runs/ref     # torch.optim in one process, on the same batches
     distadam launch --nproc 4 examples/train_gpt.py --resume runs/ck   # go on from the newest checkpoint, save there
     python examples/train_gpt.py --precision split+8bit         # bf16 parameters with 16 more bits, 8-bit moments
+    python examples/train_gpt.py --watch-every 10 && distadam report runs/train_gpt   # what happened, as one page
 
 Every rank takes its part of the same global batch, so any number of ranks sees together what one process sees. The only
 lines that know about ranks are the ones that pick a rank's examples and the ones that average what is printed.
@@ -18,6 +19,7 @@ import sysconfig
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -357,6 +359,41 @@ def plot_curves(folders: list[Path], target: Path) -> str:
     return f"curves: {target}"
 
 
+class Records:
+    """What `distadam report OUT` reads, on every rank: each step, where its time went, and now and then each parameter.
+
+    Without ``--watch-every`` nothing is watched and nothing written.
+    """
+
+    def __init__(self, options: argparse.Namespace, optimizer: Any, rank: int) -> None:
+        self.watcher = self.timeline = None
+        if options.watch_every:
+            from distadam import diagnostics
+
+            sink = diagnostics.JsonlSink(options.out, rank)
+            self.watcher = diagnostics.watch(optimizer, every=options.watch_every, sinks=[sink])
+            self.timeline = diagnostics.timeline(optimizer, sink=sink, first_step=self.watcher.step + 1)
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.watcher is not None:
+            self.timeline.close()
+            self.watcher.close(wait=error is None)
+
+    def forward(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.timeline is None else self.timeline.region("forward")
+
+    def log(self, **values: Any) -> None:
+        if self.watcher is not None:
+            self.watcher.log(**values)
+
+    def saved(self, step: int, save: Any, seconds: float) -> None:
+        if self.watcher is not None:
+            self.watcher.write("checkpoint", path=save.path, seconds=seconds, bytes=save.nbytes)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -369,7 +406,9 @@ def validate(model: GPT, batches: Batches, num_batches: int) -> float:
     return average(torch.stack(losses).mean()) / math.log(2)
 
 
-def steps_to_do(options: argparse.Namespace, model: GPT, optimizer: Any, schedule: Any) -> Iterator[int]:
+def steps_to_do(
+    options: argparse.Namespace, model: GPT, optimizer: Any, schedule: Any, records: Records
+) -> Iterator[int]:
     """Yield 1, 2, ...; with ``--resume`` from where the newest checkpoint stopped, whatever wrote it, and save."""
     if options.resume is None:
         yield from range(1, options.steps + 1)
@@ -377,28 +416,35 @@ def steps_to_do(options: argparse.Namespace, model: GPT, optimizer: Any, schedul
     from distadam.checkpoint import RandomState, elastic
 
     extra = {"schedule": schedule, "random": RandomState(optimizer)}
-    loop = elastic.run(options.resume, model, optimizer, num_steps=options.steps, extra=extra, every=options.save_every)
+    when = {"num_steps": options.steps, "every": options.save_every, "on_save": records.saved}
+    loop = elastic.run(options.resume, model, optimizer, extra=extra, **when)
     yield from (done + 1 for done in loop)
 
 
-def train(options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log) -> None:
+def train(
+    options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log, records: Records
+) -> None:
     """The loop; nothing in it depends on the number of ranks."""
     schedule = build_schedule(optimizer, options.steps)
     clip = clipper(options, model, optimizer)
     window, began = [], time.monotonic()
-    for step in steps_to_do(options, model, optimizer, schedule):
-        loss = model.loss(*batches.training(step))
+    for step in steps_to_do(options, model, optimizer, schedule, records):
+        with records.forward():
+            loss = model.loss(*batches.training(step))
         loss.backward()
         clip(1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         window.append(loss.detach())
+        records.log(loss=loss.detach())
         last = step == options.steps
         if step % options.log_every and not last:
             continue
         values = {"loss": average(torch.stack(window).mean()), "lr": schedule.get_last_lr()[0]}
         values["tokens_per_s"] = len(window) * options.batch_size * options.seq_len / (time.monotonic() - began)
+        if log.enabled:
+            records.log(tokens_per_s=values["tokens_per_s"])
         if step % options.eval_every == 0 or last:
             values["val_bits_per_byte"] = validate(model, batches, options.eval_batches)
         log.record(step, **values)
@@ -443,6 +489,7 @@ def parse_options() -> argparse.Namespace:
     add("--plot-with", type=Path, nargs="*", default=[], help="folders of earlier runs to draw beside this one")
     add("--resume", type=Path, default=None, help="folder of checkpoints: go on from the newest there, and save there")
     add("--save-every", type=int, default=100, help="steps between checkpoints, with --resume")
+    add("--watch-every", type=int, default=0, help="record steps, and so often parameters, for `distadam report OUT`")
     add("--precision", choices=PRECISIONS, default="fp32", help="parameters and master weights, + moments")
     add("--reference", action="store_true", help="torch.optim in one process")
     return parser.parse_args()
@@ -455,6 +502,8 @@ def main() -> None:
         raise SystemExit(f"--reference runs in one process, not in {group.world_size}")
     if options.reference and options.resume:
         raise SystemExit("--resume needs distadam, not --reference")
+    if options.reference and options.watch_every:
+        raise SystemExit("--watch-every needs distadam, not --reference")
     if options.reference and options.precision != "fp32":
         raise SystemExit(f"--reference trains in fp32, not with --precision {options.precision}")
     if options.batch_size % group.world_size:
@@ -469,7 +518,10 @@ def main() -> None:
     batches = Batches(train=texts[0], validation=texts[1], **sizes, **place)
     model = GPT(options.layers, options.heads, options.width, options.seq_len)
     model = model.to(group.device, precision_of(options.precision)[0])
-    optimizer = build_optimizer(options, model)
+    if group.rank == 0 and options.resume is None:
+        for old in options.out.glob("rank-*.jsonl"):  # of an earlier run, perhaps of more ranks
+            old.unlink()
+    optimizer = build_optimizer(options, model)  # ranks meet here
 
     source = "torch.optim" if options.reference else "distadam"
     label = f"{source} {options.optimizer}, {group.world_size} process{'es' * (group.world_size > 1)}"
@@ -477,7 +529,8 @@ def main() -> None:
     log.console.print(f"{group}", soft_wrap=True)
     log.console.print(f"{label}; {numel / 1e6:.2f} M parameters, {len(texts[0]) / 1e6:.1f} MB of text to learn from")
     began = time.monotonic()
-    train(options, model, optimizer, batches, log)
+    with Records(options, optimizer, group.rank) as records:
+        train(options, model, optimizer, batches, log, records)
     finish(options, model, optimizer, log, label, time.monotonic() - began)
     if dist.is_initialized():
         dist.destroy_process_group()

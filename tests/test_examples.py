@@ -17,11 +17,15 @@ from types import ModuleType
 import pytest
 import torch
 
+from distadam.diagnostics.report_data import read_run, summary
+from distadam.diagnostics.report_page import render
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SIZES = {"--batch-size": 8, "--seq-len": 32, "--layers": 1, "--heads": 2, "--width": 32, "--sample-bytes": 40}
 LENGTH = {"--steps": 30, "--log-every": 5, "--eval-every": 15, "--eval-batches": 2}
 LONG = pytest.mark.long
+RECORDED = ["--steps", "8", "--log-every", "4", "--eval-every", "8", "--eval-batches", "1", "--watch-every", "2"]
 SMALL = [str(part) for option in (SIZES | LENGTH).items() for part in option]
 
 
@@ -184,6 +188,29 @@ def test_train_gpt_learns_as_torch_does(optimizer, start, reference, tmp_path):
     assert "\nclass Reader:\n    def " in (tmp_path / "sample.txt").read_text()
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r"^\[1\]", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("start", [one, pytest.param(launched, marks=LONG)])
+def test_train_gpt_writes_what_report_reads(start, tmp_path):
+    out = ["--out", str(tmp_path / "out"), "--resume", str(tmp_path / "checkpoints"), "--save-every", "4"]
+    start("train_gpt.py", *SMALL[: len(SIZES) * 2], *RECORDED, *out)
+    run, num_ranks = read_run(tmp_path / "out"), 1 if start is one else 2
+    told = summary(run)
+    assert (told["optimizer"], told["ranks"], told["unreadable_lines"]) == ("AdamW", num_ranks, 0)
+    assert told["steps"] == {"count": 8, "first": 1, "last": 8}
+    assert told["loss"]["min"] < told["loss"]["first"]
+    assert told["lr"]["max"] == pytest.approx(4e-3, rel=0.1)
+    assert told["tokens_per_s"] > 0
+    assert (told["checkpoints"], told["incidents"]) == (2, [])
+    assert all(save["bytes"] > 12 * 10_000 and save["seconds"] > 0 for save in run.checkpoints)
+    for rank in range(num_ranks):
+        assert all(told["parts_s"][str(rank)][part] > 0 for part in ("forward", "backward", "update"))
+        assert told["peak_memory"][str(rank)]["moments"] > 0
+    assert "blocks.0.mlp_out.weight" in run.parameters.rows
+    assert [step for _, step in run.parameters.columns] == [2, 4, 6, 8]
+    page = render(run)
+    sections = ("Training", "Parameters", "Time", "Memory", "Checkpoints")
+    assert all(f"<h2>{section}</h2>" in page for section in sections)
 
 
 def test_train_gpt_gives_ranks_disjoint_parts_of_one_global_batch():

@@ -19,7 +19,16 @@ import pytest
 from typer.testing import CliRunner
 
 from distadam.cli import app
-from distadam.diagnostics.report_charts import Line, Scale, line_chart, nbytes, seconds, short, step_ticks
+from distadam.diagnostics.report_charts import (
+    Line,
+    Scale,
+    line_chart,
+    nbytes,
+    parameter_map,
+    seconds,
+    short,
+    step_ticks,
+)
 from distadam.diagnostics.report_data import NUM_BINS, NUM_COLUMNS, ParameterMap, read_run, summary, thin
 from distadam.diagnostics.report_page import render
 from distadam.errors import UsageError
@@ -100,7 +109,7 @@ def test_map_keeps_the_largest_value_however_long_the_run_is() -> None:
     by_step = {c: column[0] for c, column in zip(found.columns, found.high["grad_norm"], strict=True)}
     assert [c[0] <= 777 <= c[1] for c, value in by_step.items() if value == 1e6] == [True]
     assert [c[0] <= 1500 <= c[1] for c, value in by_step.items() if math.isinf(value)] == [True]
-    assert found.worst["grad_norm"]["a"] == (math.inf, 1500)
+    assert found.worst("grad_norm")["a"] == (math.inf, 1500)
     assert math.isnan(found.high["update_ratio"][0][0])
 
 
@@ -141,6 +150,27 @@ def test_records_of_one_step_are_one_and_torn_lines_are_counted(tmp_path: Path) 
     assert "1 lines could not be read" in render(run)
     with pytest.raises(UsageError, match=r"rank-<r>\.jsonl"):
         read_run(tmp_path / "nowhere")
+
+
+def test_ranks_records_of_one_checkpoint_are_one(tmp_path: Path) -> None:
+    for rank, (seconds_, nbytes_) in enumerate([(1.0, 10), (3.0, 20)]):
+        save = {"kind": "checkpoint", "step": 5, "path": "p", "seconds": seconds_, "bytes": nbytes_, "time": rank}
+        step = {"kind": "step", "step": 5, "rank": rank}
+        (tmp_path / f"rank-{rank}.jsonl").write_text("\n".join(map(json.dumps, [step, save])))
+    assert [(one["seconds"], one["bytes"]) for one in read_run(tmp_path).checkpoints] == [(3.0, 30.0)]
+
+
+def test_cells_of_a_map_keep_three_digits() -> None:
+    found = ParameterMap()
+    values = [0.0123, 4.56e-7, 987.0, 0.0, "nan", "inf", None]
+    for step, value in enumerate(values, 1):
+        found.add(step, {"a": {} if value is None else {"grad_norm": value}})
+    drawn = parameter_map("m", "Map", "", found, "grad_norm")
+    payload = re.search(r'<script type="application/json" id="m">(.*?)</script>', drawn)
+    assert payload is not None
+    codes = json.loads(payload[1])["codes"][0]
+    assert [10 ** (code / 1000) for code in codes[:3]] == pytest.approx(values[:3], rel=1.2e-3)
+    assert codes[3:] == ["0", "not finite", "not finite", None]
 
 
 def test_words_for_numbers() -> None:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from distadam import MissingDependency, PrecisionPolicy, RankMismatchError, diagnostics
+from distadam.diagnostics.nonfinite import FirstNonFinite, describe
 from tests.ranks import run_ranks
 from tests.test_counted import count_python_calls
 from tests.test_inspect_faults import CLASSES, KB, Net, build, drop_reduction, loss_of
@@ -124,6 +125,21 @@ def test_first_nonfinite_gradient_says_that_other_ranks_had_one():
         assert incidents[0].endswith("rank 1 had one too")
 
 
+def test_first_nonfinite_element_is_found_without_waiting_for_a_device():
+    _, optimizer = build()
+    looked = FirstNonFinite()
+    for flat in optimizer._flats:  # in order: "gain" first, then the layers from the last one on
+        full = torch.zeros(flat.bucket.numel)
+        if "second.weight" in flat.names:
+            flat.unflatten(full, flat.names.index("second.weight"))[1, 4] = math.inf
+        if "first.weight" in flat.names:
+            flat.unflatten(full, flat.names.index("first.weight")).fill_(math.nan)
+        looked._look_there(flat, full)
+    taken = looked.take()
+    assert describe([taken.read(), None]) == "second.weight[1, 4] on rank 0 is inf; no other rank had one"
+    assert looked.take().read() is None
+
+
 def test_closed_watcher_leaves_no_hook_and_costs_nothing():
     model, optimizer = build()
 
@@ -141,6 +157,7 @@ def test_closed_watcher_leaves_no_hook_and_costs_nothing():
     watcher.close()
     assert [len(param._backward_hooks or ()) for param in model.parameters()] == hooks
     assert len(optimizer._observers) == 0
+    assert optimizer._reducer.inspect is None
     step()
     assert count_python_calls(step) == before
 

@@ -37,10 +37,16 @@ _logger = logging.getLogger("distadam")
 
 
 class Save:
-    """A save that is done or under way; see `save`."""
+    """A save that is done or under way; see `save`.
+
+    Attributes:
+        path: where.
+        nbytes: what this rank writes.
+    """
 
     def __init__(self, job: Job, optimizer: weakref.ref[Any], thread: _Writer | None = None) -> None:
         self.path = job.store.path
+        self.nbytes = sum(part.tensor.nbytes for part in job.parts)
         self._optimizer, self._thread = optimizer, thread
 
     @property

@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from distadam.checkpoint.agree import agree
+from distadam.checkpoint.background import Save
 from distadam.checkpoint.loading import load
 from distadam.checkpoint.prune import committed
 from distadam.checkpoint.saving import save
@@ -40,6 +42,7 @@ def run(
     every: int | None = None,
     keep_last: int = 2,
     asynchronous: bool = True,
+    on_save: Callable[[int, Save, float], object] | None = None,
 ) -> Iterator[int]:
     """Yield the numbers of the steps that are left to do, and save between them.
 
@@ -56,6 +59,7 @@ def run(
         every: steps between checkpoints; None: only signals and the end.
         keep_last: committed checkpoints that stay.
         asynchronous: write while training goes on.
+        on_save: called after each save with the steps done, the save, and the seconds for which training stood still.
 
     Example:
         >>> for step in elastic.run("runs/a", model, optimizer, num_steps=1000, every=50):  # doctest: +SKIP
@@ -72,6 +76,7 @@ def run(
             due = (every is not None and (step + 1) % every == 0) or step + 1 == num_steps
             if not (due or terminate or on_demand):
                 continue
+            began = time.monotonic()
             handle = save(
                 os.path.join(directory, f"step-{step + 1:09d}"),
                 model,
@@ -82,6 +87,8 @@ def run(
             )
             if step + 1 == num_steps:
                 handle.wait()
+            if on_save is not None:
+                on_save(step + 1, handle, time.monotonic() - began)
             if terminate:
                 raise SystemExit(128 + signal.SIGTERM)
 

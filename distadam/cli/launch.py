@@ -20,6 +20,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distadam.cli.failures import print_failures, sort_failures
 from distadam.cli.rank_output import PREFIX_TEMPLATE, RankLines
+from distadam.cli.wait_page import show_waits
+from distadam.engine.dumps import VARIABLE
 
 __all__ = ["cpu_environment", "launch", "launch_here"]
 
@@ -46,7 +48,9 @@ def launch(
 ) -> None:
     """Start SCRIPT on every rank and show each line of output behind its rank.
 
-    When ranks fail, the traceback of the first that failed comes first, and its exit code is the command's.
+    When ranks fail, the traceback of the first that failed comes first, and its exit code is the command's. When a
+    collective of the optimizer failed, one page says where every rank stood: which buckets were reduced, which waited,
+    which parameters never got a gradient (LOG_DIR/waits.txt and waits.json too).
     On CPU, OMP_NUM_THREADS and glibc's MALLOC_* variables are set where they are not set already.
     """
     console = Console(stderr=True)
@@ -57,10 +61,10 @@ def launch(
     script_args = args[1:] if args and args[0] == "--" else args or []
     num_local = _count_processes(nproc)
     _announce(console, num_local, nnodes)
-    with _log_folder(log_dir) as folder:
+    with _log_folder(log_dir) as folder, _dump_folder() as dumps:
         config = _config(num_local, nnodes, node_rank, rdzv_endpoint, max_restarts, folder)
         command = ["-u", str(Path(__file__).with_name("worker.py")), *(["-m"] if module else []), script, *script_args]
-        code = _run(console, config, command)
+        code = _run(console, config, command, dumps, log_dir)
     if code and log_dir is not None:
         console.print(f"distadam launch: logs in {log_dir}", highlight=False)
     raise typer.Exit(code)
@@ -71,9 +75,10 @@ def launch_here(nproc: str, module: str, args: list[str]) -> int:
     console = Console(stderr=True)
     num_local = _count_processes(nproc)
     _announce(console, num_local, 1)
-    with _log_folder(None) as folder:
+    with _log_folder(None) as folder, _dump_folder() as dumps:
         config = _config(num_local, 1, None, "", 0, folder)
-        return _run(console, config, ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args])
+        command = ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args]
+        return _run(console, config, command, dumps)
 
 
 def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
@@ -119,6 +124,13 @@ def _log_folder(log_dir: Path | None) -> Iterator[str]:
         yield folder
 
 
+@contextlib.contextmanager
+def _dump_folder() -> Iterator[Path]:
+    """Yield an empty folder for what ranks write when a collective fails."""
+    with tempfile.TemporaryDirectory(prefix="distadam-dumps-") as folder:
+        yield Path(folder)
+
+
 def _config(
     num_local: int, nnodes: int, node_rank: int | None, endpoint: str, max_restarts: int, folder: str
 ) -> LaunchConfig:
@@ -140,9 +152,10 @@ def _config(
     )
 
 
-def _run(console: Console, config: LaunchConfig, command: list[str]) -> int:
+def _run(console: Console, config: LaunchConfig, command: list[str], dumps: Path, log_dir: Path | None = None) -> int:
     """Run the ranks to their end; return the exit code for this process."""
     _quiet_torchelastic()
+    os.environ[VARIABLE] = str(dumps)  # the ranks inherit it: Note [Dumps]
     output, errors = RankLines(sys.stdout), RankLines(sys.stderr)
     escaped = [part.replace("$", "$$") for part in command]  # torchelastic fills in ${...} in arguments
     try:
@@ -152,6 +165,7 @@ def _run(console: Console, config: LaunchConfig, command: list[str]) -> int:
         _finish(output, errors)
         failures = sort_failures(error.failures)
         print_failures(console, failures)
+        show_waits(console, dumps, log_dir)
         return failures[0].exit_code
     except (SignalException, KeyboardInterrupt) as error:
         _finish(output, errors)

@@ -67,6 +67,7 @@ class Collectives:
         self.groups = groups
         self.streams = streams
         self.stats = CollectiveStats()
+        self.on_failure: Callable[[CommError], None] | None = None
         self._timeout_s = timeout_s
         self._reduce = reduce
         self._num_private = 0
@@ -84,8 +85,14 @@ class Collectives:
         try:
             dist.all_gather_object(answers, value, group=group)
         except RuntimeError as error:
-            raise CommError(f"{what} failed on rank {self.groups.rank}: {error}") from error
+            raise self._failure(f"{what} failed on rank {self.groups.rank}: {error}") from error
         return answers
+
+    def _failure(self, text: str) -> CommError:
+        failure = CommError(text)
+        if self.on_failure is not None:
+            self.on_failure(failure)
+        return failure
 
     def empty(self, kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return uninitialised memory; that of buffers that travel is where they travel from."""
@@ -256,7 +263,7 @@ class Collectives:
                     dist.all_gather_object(gathered, values, group=group)
                     values = [item for part in gathered for item in part]
         except RuntimeError as error:
-            raise CommError(f"{what} failed on rank {self.groups.rank}: {error}") from error
+            raise self._failure(f"{what} failed on rank {self.groups.rank}: {error}") from error
         return values
 
     def _start(
@@ -278,8 +285,8 @@ class Collectives:
         try:
             work = call(*args, group=group, async_op=True)
         except RuntimeError as error:
-            raise CommError(f"{label} could not start: {error}") from error
-        return Pending(work, label, self._timeout_s, after)
+            raise self._failure(f"{label} could not start: {error}") from error
+        return Pending(work, label, self._timeout_s, after, self.on_failure)
 
 
 def _has_cpu(group: ProcessGroup | None) -> bool:

@@ -43,9 +43,10 @@ class Pending:
         what: operation and bucket, for errors.
         timeout_s: seconds to wait; None is the group's own timeout.
         after: called once, by the first `wait`.
+        on_failure: called with what is about to be raised when the collective failed or timed out.
     """
 
-    __slots__ = ("_after", "_reading", "_timeout", "_work", "what")
+    __slots__ = ("_after", "_on_failure", "_reading", "_timeout", "_work", "what")
 
     def __init__(
         self,
@@ -53,13 +54,17 @@ class Pending:
         what: str = "",
         timeout_s: float | None = None,
         after: Callable[[], object] | None = None,
+        on_failure: Callable[[CommError], None] | None = None,
     ) -> None:
+        self._on_failure = on_failure
         self._work = work
         self._after = after
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self.what = what
         released: Work | None = getattr(work, "released", None)
-        self._reading = None if released is None else Pending(released, f"{what}, read by all,", timeout_s)
+        self._reading = (
+            None if released is None else Pending(released, f"{what}, read by all,", timeout_s, on_failure=on_failure)
+        )
 
     @property
     def reading(self) -> Pending:
@@ -123,10 +128,13 @@ class Pending:
                 self._after()
 
     def _failure(self, error: RuntimeError) -> CommError:
-        return CommError(
+        failure = CommError(
             f"{self.what} failed on this rank: {error}. A peer died, hangs, or issued other collectives; "
             "look for the first error among all ranks' output."
         )
+        if self._on_failure is not None:
+            self._on_failure(failure)
+        return failure
 
     def ready(self, within_s: float) -> bool:
         """Say whether `wait` will not block the host for long: always on CUDA, elsewhere after polling ``within_s``."""

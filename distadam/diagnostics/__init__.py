@@ -6,6 +6,7 @@ from distadam.diagnostics.gradient_report import GradientReport, GradientRow
 from distadam.diagnostics.gradients import check_gradients
 from distadam.diagnostics.live_table import LiveTable
 from distadam.diagnostics.prometheus import PrometheusSink
+from distadam.diagnostics.ranks import RankCheck, check_ranks
 from distadam.diagnostics.sinks import JsonlSink, Sink
 from distadam.diagnostics.tensorboard import TensorBoardSink
 from distadam.diagnostics.timeline import Timeline, timeline
@@ -25,6 +26,7 @@ __all__ = [
     "JsonlSink",
     "LiveTable",
     "PrometheusSink",
+    "RankCheck",
     "Sink",
     "TensorBoardSink",
     "Timeline",
@@ -34,6 +36,7 @@ __all__ = [
     "Watcher",
     "check_gradients",
     "check_parameters",
+    "check_ranks",
     "check_updates",
     "compare_with_torch",
     "merge_traces",

@@ -15,9 +15,10 @@ from distadam.engine.access import Access
 from distadam.errors import CheckFailed
 from distadam.optimizer import ShardedOptimizer
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)
 _MOST = 8
+_known_factors: dict[torch.device, Tensor] = {}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -95,8 +96,17 @@ def check_parameters(optimizer: ShardedOptimizer, *, raises: bool = True) -> lis
 
 
 def checksums(access: Access) -> dict[str, int]:
-    """Return a sum over each parameter's bits that any single flipped bit changes. Communicates nothing."""
-    return {name: _checksum(_bits(param)) for param, name in access.names.items()}
+    """Return a sum over each parameter's bits that any single flipped bit changes.
+
+    Communicates nothing. Syncs: once a device.
+    """
+    on_devices: dict[torch.device, dict[str, Tensor]] = {}
+    for param, name in access.names.items():
+        on_devices.setdefault(param.device, {})[name] = _checksum(_bits(param))
+    found: dict[str, int] = {}
+    for sums in on_devices.values():
+        found |= dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    return {name: found[name] for name in access.names.values()}
 
 
 def compare_ranks(
@@ -165,10 +175,18 @@ def _bits(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(-1).view(_INTEGERS[param.element_size()])
 
 
-def _checksum(bits: Tensor) -> int:
+def _checksum(bits: Tensor) -> Tensor:
+    factors = _factors(min(_CHUNK, bits.numel()), bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
-        places = torch.arange(start, start + part.numel(), device=bits.device)
-        total += (part * places.mul_(_MIX).bitwise_or_(1)).sum()  # odd factors: no bit of a difference is lost
-    return int(total)
+    for number, part in enumerate(torch.split(bits, _CHUNK)):
+        # Odd factors: no bit of a difference is lost.
+        total += (part * factors[: part.numel()]).sum() * (2 * number + 1)
+    return total
+
+
+def _factors(numel: int, device: torch.device) -> Tensor:
+    known = _known_factors.get(device)
+    if known is None or known.numel() < numel:
+        known = torch.arange(numel, device=device).mul_(_MIX).bitwise_or_(1)
+        _known_factors[device] = known
+    return known

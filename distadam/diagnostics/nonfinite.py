@@ -1,8 +1,9 @@
 """The first gradient that is not finite: whose, where, and did other ranks have it too?
 
-Note [Before the sum]: once gradients are added up nobody can tell which rank brought a NaN along. So while a watcher is
-there a hook on each parameter looks at this rank's own gradient as backward makes it: one sum over it, which is not
-finite if anything in it is not. Ranks learn of it from the step's `grad_norm`, which all of them have anyway.
+Note [Before the sum]: once gradients are added up nobody can tell which rank brought a NaN along. So a watcher is shown
+each bucket's own gradient just before it is reduced, and adds it up: a sum is not finite if anything in it is not. On a
+device nothing is waited for: where the first bad element lies is found out there, and read only if the step's
+`grad_norm`, which all ranks have anyway, says that there is one.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from distadam.diagnostics.shards import row_major_index, spell
-from distadam.engine.access import Access
+from distadam.diagnostics.shards import element, row_major_index, spell
+from distadam.engine.flat_bucket import FlatBucket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NonFinite:
-    """The first element of this rank's gradients of a step that is not finite."""
+    """The first element of this rank's gradients of a step that is not finite.
+
+    ``num_elements`` of its parameter are not; 0 where they were not counted.
+    """
 
     parameter: str
     index: tuple[int, ...]
@@ -28,35 +31,39 @@ class NonFinite:
     num_elements: int
 
 
-class NonFiniteHooks:
-    """Hooks on the parameters of an optimizer."""
+class FirstNonFinite:
+    """Remembers the first bad element of a step's gradients."""
 
-    def __init__(self, access: Access) -> None:
-        self.found: NonFinite | None = None
-        self._handles: list[RemovableHandle] = []
-        for param, name in access.names.items():
-            if param.requires_grad:
-                self._handles.append(param.register_hook(self._look_at(name)))  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self._found: NonFinite | None = None
+        self._on_device: list[tuple[FlatBucket, Tensor, Tensor]] = []
 
-    def _look_at(self, name: str):  # type: ignore[no-untyped-def]
-        def look(grad: Tensor) -> None:
-            if self.found is None and grad.layout == torch.strided:
-                total = grad.sum(dtype=torch.float32 if grad.element_size() < 4 else None)
-                if not math.isfinite(total):
-                    self.found = first_nonfinite(name, grad)
+    def look(self, flat: FlatBucket, full: Tensor) -> None:
+        """Take in a bucket's gradient, as large as the bucket. Syncs: no device."""
+        if full.device.type != "cpu":
+            self._look_there(flat, full)
+        elif self._found is None:
+            total = full.sum(dtype=torch.float32 if full.element_size() < 4 else None)
+            if not math.isfinite(total):
+                self._found = _first_of(flat, full)
 
-        return look
+    def _look_there(self, flat: FlatBucket, full: Tensor) -> None:
+        place = full.isfinite().logical_not_().to(torch.uint8).argmax()
+        self._on_device.append((flat, place, full[place]))
 
-    def take(self) -> NonFinite | None:
-        """Return what was found since the last call."""
-        found, self.found = self.found, None
-        return found
+    def take(self) -> FirstNonFinite:
+        """Return what was found since the last call, and begin anew."""
+        taken = FirstNonFinite()
+        taken._found, self._found = self._found, None
+        taken._on_device, self._on_device = self._on_device, []
+        return taken
 
-    def remove(self) -> None:
-        """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def read(self) -> NonFinite | None:
+        """Return the first bad element, None if all are finite. Syncs: yes."""
+        for flat, place, value in self._on_device if self._found is None else ():
+            if not math.isfinite(value):
+                return _at(flat, int(place), float(value), 0)
+        return self._found
 
 
 def first_nonfinite(name: str, grad: Tensor) -> NonFinite | None:
@@ -70,15 +77,28 @@ def first_nonfinite(name: str, grad: Tensor) -> NonFinite | None:
     return NonFinite(parameter=name, index=index, value=float(grad[index]), num_elements=count)
 
 
+def _first_of(flat: FlatBucket, full: Tensor) -> NonFinite | None:
+    found = (first_nonfinite(name, flat.unflatten(full, slot)) for slot, name in enumerate(flat.names))
+    return next((one for one in found if one is not None), None)
+
+
+def _at(flat: FlatBucket, place: int, value: float, num_elements: int) -> NonFinite | None:
+    for number, slot in enumerate(flat.bucket.slots):
+        if slot.offset <= place < slot.offset + slot.numel:
+            index = element(flat, number, place - slot.offset)
+            return NonFinite(parameter=flat.names[number], index=index, value=value, num_elements=num_elements)
+    return None
+
+
 def describe(answers: list[NonFinite | None]) -> str:
     """Return in words what the ranks have found."""
     had = [(rank, found) for rank, found in enumerate(answers) if found is not None]
     if not had:
-        return "the gradient is not finite though every rank's own was: the sum overflowed, or p.grad was set by hand"
+        return "the gradient is not finite though every rank's own was: the sum overflowed"
     rank, first = had[0]
     others = [str(other) for other, _ in had[1:]]
     also = f"rank {', '.join(others)} had one too" if others else "no other rank had one" if len(answers) > 1 else ""
-    where = spell(first.parameter, first.index)
-    return f"{where} on rank {rank} is {first.value}, {first.num_elements} of its elements are not finite" + (
-        f"; {also}" if also else ""
-    )
+    text = f"{spell(first.parameter, first.index)} on rank {rank} is {first.value}"
+    if first.num_elements:
+        text += f", {first.num_elements} of its elements are not finite"
+    return text + (f"; {also}" if also else "")

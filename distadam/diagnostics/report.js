@@ -1,5 +1,10 @@
 // Readouts: the slider over a chart moves a line and says what is there. Charts are complete without it.
 "use strict";
+// A cell is thousandths of a decade, or a word, or nothing.
+const spell = (code) => {
+  if (typeof code !== "number") return code ?? "nothing recorded";
+  return String(Number((10 ** (code / 1000)).toPrecision(3)));
+};
 for (const figure of document.querySelectorAll("figure[data-id]")) {
   const data = JSON.parse(document.getElementById(figure.dataset.id).textContent);
   const area = figure.querySelector(".area"), input = area.querySelector("input"), output = figure.querySelector("output");
@@ -14,7 +19,7 @@ for (const figure of document.querySelectorAll("figure[data-id]")) {
       if (value) text += "  \u00b7  " + (data.series.length > 1 ? series.name + " " : "") + value;
     }
     if (data.rows) {
-      text += "  \u00b7  " + data.rows[row] + "  \u00b7  " + (data.values[row][column] ?? "nothing recorded");
+      text += "  \u00b7  " + data.rows[row] + "  \u00b7  " + spell(data.codes[row][column]);
       crossRow.style.top = 100 * (row + 0.5) / data.rows.length + "%";
     }
     cross.style.left = 100 * data.at[column] + "%";

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from distadam.diagnostics.report_data import Bin, ParameterMap, finite_json
+from distadam.diagnostics.report_data import Bin, ParameterMap
 from distadam.diagnostics.report_png import BROKEN, MISSING, NUM_SHADES, both
 
 NOTHING = "\u2013"
 """What a table says where nothing was recorded."""
 
 _TABLE_ROWS = 40
+_CODES_PER_DECADE = 1000  # a step of 0.2%: three digits; report.js turns codes into numbers
+_BROKEN = "not finite"
 _LABEL_PX = 15
 
 Show = Callable[[float], str]
@@ -322,7 +324,7 @@ def _figure(
     )
     cross = '<i class="cross"></i>' + ('<i class="cross-row"></i>' if names else "")
     # "<" cannot end the script element early; the rest of JSON is harmless there.
-    payload = json.dumps(finite_json(dict(data)), separators=(",", ":")).replace("<", "\\u003c")
+    payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     unit = f'<span class="unit">{escape(note)}</span>' if note else ""
     return (
         f'<figure class="card" data-id="{identity}" style="margin:0 0 16px">'
@@ -342,25 +344,22 @@ def _figure(
 def parameter_map(identity: str, title: str, unit: str, found: ParameterMap, metric: str) -> str:
     """Return one metric over steps and parameters as colours; a cell shows the largest value of its steps."""
     columns, names = found.high[metric], list(found.rows)
-    values = [value for column in columns for value in column if math.isfinite(value) and value > 0]
-    if not values:
+    ordered = sorted(value for column in columns for value in column if 0.0 < value < math.inf)
+    if not ordered:
         return ""
-    low, high = math.log10(min(values)), math.log10(max(values))
-    ordered = sorted(values)
-    low = max(low, math.log10(ordered[len(ordered) // 100]))  # one tiny value must not take all shades
-    span = max(high - low, 1e-9)
+    # One tiny value must not take all shades.
+    low, high = math.log10(ordered[len(ordered) // 100]), math.log10(ordered[-1])
+    codes = [_codes(column, len(names)) for column in columns]
+    offset, scale = -_CODES_PER_DECADE * low, (NUM_SHADES - 1) / (_CODES_PER_DECADE * max(high - low, 1e-9))
 
-    def shade(value: float) -> int:
-        if math.isnan(value):
-            return MISSING
-        if math.isinf(value):
-            return BROKEN
-        if value <= 0:
-            return 0
-        return max(0, min(NUM_SHADES - 1, round((math.log10(value) - low) / span * (NUM_SHADES - 1))))
+    def shade(code: int | str | None) -> int:
+        if type(code) is int:
+            return max(0, min(NUM_SHADES - 1, round((code + offset) * scale)))
+        return MISSING if code is None else BROKEN if code == _BROKEN else 0
 
-    table = [[column[row] if row < len(column) else math.nan for column in columns] for row in range(len(names))]
-    light, dark = both([bytes(shade(value) for value in row) for row in table])
+    shades = {code: shade(code) for code in {code for column in codes for code in column}}
+    table = list(zip(*codes, strict=True))  # by parameter
+    light, dark = both([bytes([shades[code] for code in row]) for row in table])
     picture = (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(title)}: {len(names)} parameters over steps"></picture>'
@@ -372,13 +371,13 @@ def parameter_map(identity: str, title: str, unit: str, found: ParameterMap, met
         # Cells are equally wide, and columns are equally many records: the middle of a cell is its place.
         "at": [round((index + 0.5) / len(columns), 5) for index in range(len(columns))],
         "rows": names,
-        "values": [[None if math.isnan(value) else short(value) for value in row] for row in table],
+        "codes": table,
     }
     return _figure(
         identity,
         title,
         unit,
-        _ramp(low, high, any(math.isinf(value) for row in table for value in row)),
+        _ramp(low, high, any(_BROKEN in row for row in table)),
         picture,
         _row_labels(names, height),
         first,
@@ -389,6 +388,19 @@ def parameter_map(identity: str, title: str, unit: str, found: ParameterMap, met
         gutter=190,
         names=True,
     )
+
+
+def _codes(column: Sequence[float], num_rows: int) -> list[int | str | None]:
+    """Return what the page keeps of a column: thousandths of a decade, words for what has no logarithm, or nothing."""
+    log10, each = math.log10, _CODES_PER_DECADE
+    codes: list[int | str | None] = [
+        round(each * log10(value)) if 0.0 < value < math.inf else _word(value) for value in column
+    ]
+    return codes + [None] * (num_rows - len(codes))
+
+
+def _word(value: float) -> str | None:
+    return None if math.isnan(value) else "0" if value <= 0 else _BROKEN
 
 
 def _row_labels(names: Sequence[str], height: int) -> str:
@@ -408,14 +420,11 @@ def _ramp(low: float, high: float, broken: bool) -> str:
 
 
 def _map_table(title: str, found: ParameterMap, metric: str) -> str:
-    rows = []
-    for name in found.rows:
-        if name not in found.worst[metric]:
-            continue
-        value, step = found.worst[metric][name]
+    rows, last = [], found.last(metric)
+    for name, (value, step) in found.worst(metric).items():
         rows.append(
             f'<tr><th scope="row">{escape(name)}</th><td class="n">{escape(short(value))}</td>'
-            f'<td class="n">{step:,}</td><td class="n">{escape(short(found.last[metric][name]))}</td></tr>'
+            f'<td class="n">{step:,}</td><td class="n">{escape(short(last[name]))}</td></tr>'
         )
     head = "".join(
         f'<th scope="col"{"" if what == "parameter" else " class=n"}>{what}</th>'

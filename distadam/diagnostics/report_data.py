@@ -75,10 +75,18 @@ class ParameterMap:
         self.rows: dict[str, int] = {}
         self.columns: list[tuple[int, int]] = []
         self.high: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
-        self.worst: dict[str, dict[str, tuple[float, int]]] = {metric: {} for metric in METRICS}
-        self.last: dict[str, dict[str, float]] = {metric: {} for metric in METRICS}
+        self._worst: dict[str, list[tuple[float, int]]] = {metric: [] for metric in METRICS}  # by row; NaN: none yet
+        self._last: dict[str, list[float]] = {metric: [] for metric in METRICS}
         self._width = 1
         self._in_last = 0
+
+    def worst(self, metric: str) -> dict[str, tuple[float, int]]:
+        """Return by parameter the largest value and the first step that had it."""
+        return {name: worst for name, worst in zip(self.rows, self._worst[metric], strict=True) if worst[0] == worst[0]}
+
+    def last(self, metric: str) -> dict[str, float]:
+        """Return by parameter the last value."""
+        return {name: value for name, value in zip(self.rows, self._last[metric], strict=True) if value == value}
 
     def add(self, step: int, parameters: Mapping[str, Mapping[str, Any]]) -> None:
         """Take one record."""
@@ -94,20 +102,28 @@ class ParameterMap:
         self._in_last += 1
         for name in parameters:
             self.rows.setdefault(name, len(self.rows))
+        rows = None if list(parameters) == list(self.rows) else [self.rows[name] for name in parameters]
         for metric in METRICS:
-            column, worst, last = self.high[metric][-1], self.worst[metric], self.last[metric]
-            column.extend([math.nan] * (len(self.rows) - len(column)))
-            for name, values in parameters.items():
-                if metric not in values:
-                    continue
-                value = number(values[metric])
-                value = value if math.isfinite(value) else math.inf
-                row = self.rows[name]
-                if not column[row] >= value:  # NaN is no value yet
-                    column[row] = value
-                if name not in worst or value > worst[name][0]:
-                    worst[name] = (value, step)
-                last[name] = value
+            values = [_value(record.get(metric)) for record in parameters.values()]
+            if rows is not None:
+                placed = [math.nan] * len(self.rows)
+                for row, value in zip(rows, values, strict=True):
+                    placed[row] = value
+                values = placed
+            self._take(metric, step, values)
+
+    def _take(self, metric: str, step: int, values: list[float]) -> None:
+        """Take one metric's values by row, NaN where there is none. Of NaN every comparison is false."""
+        columns, worst, last = self.high[metric], self._worst[metric], self._last[metric]
+        missing = len(values) - len(worst)
+        worst += [(math.nan, 0)] * missing
+        last += [math.nan] * missing
+        columns[-1] = _larger(columns[-1], values)
+        self._worst[metric] = [
+            (value, step) if value > known[0] or known[0] != known[0] else known
+            for value, known in zip(values, worst, strict=True)
+        ]
+        self._last[metric] = [value if value == value else known for value, known in zip(values, last, strict=True)]
 
     def _halve(self) -> None:
         self.columns = [
@@ -120,7 +136,17 @@ class ParameterMap:
 
 def _larger(one: list[float], two: list[float]) -> list[float]:
     one = one + [math.nan] * (len(two) - len(one))
-    return [b if math.isnan(a) else a if math.isnan(b) else max(a, b) for a, b in zip(one, two, strict=True)]
+    return [b if b > a or a != a else a for a, b in zip(one, two, strict=True)]
+
+
+def _value(value: Any) -> float:
+    """Return a value as a map knows it: NaN is none, and what is not finite is larger than any other."""
+    if type(value) is float:  # JSON's are finite
+        return value
+    if value is None:
+        return math.nan
+    found = number(value)
+    return found if math.isfinite(found) else math.inf
 
 
 @dataclass
@@ -143,6 +169,7 @@ class Run:
     checkpoints: list[Record] = field(default_factory=list)
     incidents: list[Record] = field(default_factory=list)
     num_unreadable: int = 0
+    _points: dict[tuple[str, int], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
 
     @property
     def ranks(self) -> list[int]:
@@ -150,21 +177,28 @@ class Run:
         return sorted(self.steps)
 
     def points(self, key: str, rank: int) -> list[tuple[int, float]]:
-        """Return what one rank says of ``key`` by step; the first entry where there is one for each group."""
-        found = []
-        for step, record in sorted(self.steps.get(rank, {}).items()):
-            value = record.get(key)
-            value = value[0] if isinstance(value, list) and value else value
-            if value is not None and not isinstance(value, list | dict):
-                found.append((step, number(value)))
+        """Return what one rank says of ``key`` by step; the first entry where there is one for each group.
+
+        Looked up once: ask when everything has been read.
+        """
+        found = self._points.get((key, rank))
+        if found is None:
+            found = self._points[key, rank] = []
+            for step, record in sorted(self.steps.get(rank, {}).items()):
+                value = record.get(key)
+                value = value[0] if isinstance(value, list) and value else value
+                if value is not None and not isinstance(value, list | dict):
+                    found.append((step, number(value)))
         return found
 
     def over_ranks(self, key: str) -> list[tuple[int, float]]:
         """Return the mean over the ranks that say something, by step."""
-        ranks = [dict(self.points(key, rank)) for rank in self.ranks]
+        ranks = [points for rank in self.ranks if (points := self.points(key, rank))]
+        if len(ranks) == 1:
+            return ranks[0]
         values: dict[int, list[float]] = {}
         for points in ranks:
-            for step, value in points.items():
+            for step, value in points:
                 values.setdefault(step, []).append(value)
         return [(step, sum(found) / len(found)) for step, found in sorted(values.items())]
 
@@ -213,9 +247,20 @@ def read_run(folder: str | Path) -> Run:
     for path in files:
         for record in _records(path, run):
             _take(run, record)
-    run.checkpoints.sort(key=lambda record: number(record.get("time", 0)))
+    run.checkpoints = _together(sorted(run.checkpoints, key=lambda record: number(record.get("time", 0))))
     run.incidents.sort(key=lambda record: number(record.get("time", 0)))
     return run
+
+
+def _together(records: Sequence[Record]) -> list[Record]:
+    """Make one record of those that ranks wrote of the same checkpoint: their bytes, the seconds of the slowest."""
+    found: dict[tuple[Any, Any], Record] = {}
+    for record in records:
+        known = found.setdefault((record.get("step"), record.get("path")), record)
+        if known is not record:
+            known["bytes"] = number(known.get("bytes", 0)) + number(record.get("bytes", 0))
+            known["seconds"] = max(number(known.get("seconds", 0)), number(record.get("seconds", 0)))
+    return list(found.values())
 
 
 def _records(path: Path, run: Run) -> Iterator[Record]:
@@ -270,8 +315,8 @@ def summary(run: Run) -> dict[str, Any]:
     result["peak_memory"] = {str(rank): memory for rank in run.ranks if (memory := run.peak_memory(rank))}
     result["largest"] = {
         metric: [{"parameter": name, "value": value, "step": step} for name, (value, step) in top(worst)]
-        for metric, worst in run.parameters.worst.items()
-        if worst
+        for metric in METRICS
+        if (worst := run.parameters.worst(metric))
     }
     result["checkpoints"] = len(run.checkpoints)
     result["incidents"] = [{k: v for k, v in record.items() if k != "kind"} for record in run.incidents]

@@ -51,8 +51,15 @@ class Statistics:
         """Begin a step."""
         self.table.zero_()
 
-    def _row(self, part: Part) -> Tensor:
-        return self.table[self._bases[part.flat.bucket.index] + part.slot]
+    def _rows(self, parts: Sequence[Part]) -> slice | Tensor:
+        """Return where the table has these parts of one bucket."""
+        numbers = [self._bases[part.flat.bucket.index] + part.slot for part in parts]
+        if numbers[-1] - numbers[0] + 1 == len(numbers):
+            return slice(numbers[0], numbers[-1] + 1)
+        return torch.tensor(numbers, device=self.table.device)
+
+    def _add(self, column: int, rows: slice | Tensor, values: Tensor) -> None:
+        self.table[rows, column] += values
 
     def begin_bucket(self, step: BucketStep) -> None:
         """Keep the weights as they are before the update."""
@@ -78,14 +85,13 @@ class Statistics:
         # Not the norm of order inf, which torch does not vectorise on the CPU: 25 times slower.
         extremes = [torch.aminmax(view) for view in views]
         largest = [torch.maximum(-low, high) for low, high in extremes]
-        for part, view, norm, most in zip(parts, views, norms, largest, strict=True):
-            row = self._row(part)
-            row[0] += norm.double().square()
-            row[1] += view.numel() - torch.count_nonzero(view)
-            if not on_host or not bool(torch.isfinite(most)):
-                row[2] += view.numel() - torch.isfinite(view).sum()
-            place = len(SUMS) + len(self.states) + self._shard
-            row[place] = torch.maximum(row[place], most.double())
+        rows, most = self._rows(parts), torch.stack(largest)
+        self._add(0, rows, torch.stack(norms).double().square_())
+        self._add(1, rows, torch.stack([view.numel() - torch.count_nonzero(view) for view in views]))
+        if not on_host or not bool(torch.isfinite(most).all()):
+            self._add(2, rows, torch.stack([view.numel() - torch.isfinite(view).sum() for view in views]))
+        column = self.table[:, len(SUMS) + len(self.states) + self._shard]
+        column[rows] = torch.maximum(column[rows], most.double())
 
     def end_bucket(self, step: BucketStep) -> None:
         """Scale what was shown as the update did; look at new weights and states."""
@@ -108,17 +114,17 @@ class Statistics:
             torch._foreach_norm([change[part.start : part.end] for part in parts], 2),
             torch._foreach_norm([new[part.start : part.end] for part in parts], 2),
         ]
-        for part, changed, weight in zip(parts, *columns, strict=True):
-            row = self._row(part)
-            row[3], row[4] = changed.double().square(), weight.double().square()
+        index = self._rows(parts)
+        for column, norms in enumerate(columns, 3):
+            self._add(column, index, torch.stack(norms).double().square_())
         for place, name in enumerate(self.states, len(SUMS)):
             having = [part for part in parts if name in self._names(part)]
             if having:
                 state = read_state(flat, name)
                 views = [state[part.start : part.end] for part in having]
                 order = 1 if name in UNSIGNED else 2
-                for part, norm in zip(having, torch._foreach_norm(views, order), strict=True):
-                    self._row(part)[place] = norm.double() ** order
+                total = torch.stack(torch._foreach_norm(views, order)).double()
+                self._add(place, self._rows(having), total if order == 1 else total.square_())
 
     def _names(self, part: Part) -> Sequence[str]:
         return self._access.rule.state_names(self._access.param_groups[part.group])

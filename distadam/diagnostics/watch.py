@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from distadam.comm import Pending
-from distadam.diagnostics.nonfinite import NonFinite, NonFiniteHooks, describe
+from distadam.diagnostics.nonfinite import FirstNonFinite, describe
 from distadam.diagnostics.shards import access_of
 from distadam.diagnostics.sinks import JsonlSink, Sink
 from distadam.diagnostics.statistics import Statistics
+from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.observers import BucketStep, StepObserver
 from distadam.optimizer import ShardedOptimizer
 
@@ -48,8 +49,7 @@ def watch(
         every: watch parameters at every such step; other steps get a "step" record only.
         sinks: where records go; parameters are written on rank 0 alone.
         run: a directory to write ``rank-<r>.jsonl`` to, for `distadam report`.
-        nonfinite: look at each gradient for NaN and Inf as backward makes it, on the CPU and elsewhere (where it
-            costs a wait for the device each time).
+        nonfinite: look at this rank's gradients for NaN and Inf, bucket by bucket, just before they are reduced.
 
     Collective: every rank, with the same ``every`` and ``nonfinite``; at every such step one all-reduce that no update
     waits for. Syncs: at those steps, when the numbers are read at the next one.
@@ -82,12 +82,12 @@ class Watcher(StepObserver):
         self._every = every
         self._sinks = sinks if run is None else [*sinks, JsonlSink(run, self._groups.rank)]
         self._statistics = Statistics(self._access)
-        self._hooks = NonFiniteHooks(self._access) if nonfinite else None
+        self._nonfinite = FirstNonFinite() if nonfinite else None
         self._watching = False
         self._pending: Pending | None = None
         self._record: dict[str, Any] | None = None
         self._known_bad = False
-        self._found: NonFinite | None = None
+        self._found = FirstNonFinite()
         self._closed = False
         counts = [float(flat.steps.max()) for flat in self._access.flats if flat.device.type != "meta"]
         self.step = int(max(counts, default=0.0))
@@ -137,17 +137,21 @@ class Watcher(StepObserver):
         self._remove()
         if wait:
             self._finish_step()
-        if self._hooks is not None:
-            self._hooks.remove()
         for sink in self._sinks:
             sink.close()
 
     # What the optimizer shows
 
+    def reducing(self, flat: FlatBucket, full: Tensor) -> None:
+        """See `FirstNonFinite`."""
+        if self._nonfinite is not None:
+            self._nonfinite.look(flat, full)
+
     def begin_step(self) -> None:
         """Finish the last step's records; decide whether this one is watched."""
         self._finish_step()
-        self._found = None if self._hooks is None else self._hooks.take()  # by this step's backward
+        if self._nonfinite is not None:
+            self._found = self._nonfinite.take()  # by this step's backward
         self._watching = (self.step + 1) % self._every == 0
         if self._watching:
             if not self._statistics.fits:
@@ -156,7 +160,6 @@ class Watcher(StepObserver):
 
     def begin_bucket(self, step: BucketStep) -> None:
         """See `Statistics`."""
-        self._loss_scale = step.loss_scale
         if self._watching:
             self._statistics.begin_bucket(step)
 
@@ -212,8 +215,8 @@ class Watcher(StepObserver):
     def _look_for_nonfinite(self, norm: float) -> None:
         """Report a gradient that is not finite, once until they are finite again; every rank has the same norm."""
         bad = not math.isfinite(norm)
-        if bad and not self._known_bad and self._hooks is not None:
-            answers = self._access.collectives.exchange(self._found, "the first non-finite gradient")
+        if bad and not self._known_bad and self._nonfinite is not None:
+            answers = self._access.collectives.exchange(self._found.read(), "the first non-finite gradient")
             detail = describe(answers)
             self.incidents.append(f"step {self.step}: {detail}")
             had = [rank for rank, found in enumerate(answers) if found is not None]

@@ -52,6 +52,9 @@ class StepObserver:
     They are called in one order on every rank, so they may communicate; what they are shown they must not change.
     """
 
+    def reducing(self, flat: FlatBucket, full: Tensor) -> None:
+        """See this rank's own gradient of a bucket, in backward or `step`, just before it is reduced."""
+
     def begin_step(self) -> None:
         """Gradients are agreed on, nothing is updated yet."""
 
@@ -86,6 +89,11 @@ class Observers:
             self._observers = [other for other in self._observers if other is not observer]
 
         return remove
+
+    def reducing(self, flat: FlatBucket, full: Tensor) -> None:
+        """See `StepObserver.reducing`."""
+        for observer in self._observers:
+            observer.reducing(flat, full)
 
     def begin_step(self) -> None:
         """See `StepObserver.begin_step`."""

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distadam.comm import Collectives, Pending
 from distadam.engine.buffers import BufferPool
+from distadam.engine.chain import Chain, Link
 from distadam.engine.flat_bucket import TORCH_DTYPES, FlatBucket
 from distadam.engine.gradients import Operations, ShardedGradient
 from distadam.engine.hooks import hook_placed, hook_unplaced
@@ -41,6 +42,7 @@ class Reducer:
         self,
         collectives: Collectives,
         ledger: Ledger,
+        chain: Chain,
         *,
         shard: ShardPolicy,
         precision: PrecisionPolicy,
@@ -65,6 +67,8 @@ class Reducer:
         self.num_active = 0  # ranks to average over, for joined ranks to hear; 0 is all
         self.operations: Operations
         self.arriving: Mapping[int, Pending] = {}
+        self.inspect: Callable[[FlatBucket, Tensor], None] | None = None
+        self.chain = chain
         self._collectives = collectives
         self._ledger = ledger
         self._precision = precision
@@ -110,6 +114,7 @@ class Reducer:
         reduce_dtype = self._precision.reduce_dtype or flat.dtype
         gradient = BucketGradient(flat, self._pools, self._collectives, reduce_dtype, self._ledger)
         self._pools.wire.expect(reduce_dtype, flat.device)
+        self.chain.add_bucket(flat.bucket)
         base = len(self.params)
         self.bases.append(base)
         self.gradients.append(gradient)
@@ -212,8 +217,12 @@ class Reducer:
             gradient = self.gradients[self._plan[self._next][1]]
             if not (gradient.complete and gradient.landed):
                 return
-            gradient.launch()
+            self._launch(gradient)
             self._next += 1
+
+    def _launch(self, gradient: BucketGradient) -> None:
+        self.chain.order.append(gradient.flat.bucket.index)
+        gradient.launch(self.inspect)
 
     def _install_stand_ins(self) -> None:
         """At the end of a backward every trainable parameter's ``grad`` is a stand-in, on every rank the same."""
@@ -312,18 +321,26 @@ class Reducer:
         with self._lock:
             if purpose is not Purpose.JOINED:
                 self._on_iteration()
+            link: Link | None = None
             if error is None:
                 try:
                     self._look_at_grads(by_hand)
                     for gradient in self.gradients:
                         gradient.flush(False)
+                    if purpose is Purpose.STEP and self._collectives.groups.num_ranks > 1:
+                        link = self.chain.next()
                 except Exception as caught:
                     error = caught
-            agreed, agreed_detail = self._agree(Purpose.FAILED if error else purpose, detail, error, by_hand)
+            agreed, agreed_detail = self._agree(Purpose.FAILED if error else purpose, detail, error, by_hand, link)
+            digest = self._votes.digest
             self._launch_agreed(self._votes.rounds)
             if 1 in self._votes.frozen:
                 self._on_unfrozen(self._votes.frozen)
                 return self.finish(purpose, detail, by_hand=by_hand)
+            if link is not None:
+                self.chain.take(link)
+            elif agreed is Purpose.STEP and digest is not None:
+                self.chain.follow(digest)
         return agreed, agreed_detail
 
     def announce(self, purpose: Purpose, detail: bytes = b"") -> None:
@@ -334,16 +351,21 @@ class Reducer:
         with self._lock:
             self._on_iteration()
             votes, nothing = self._votes, bytes(len(self.params))
-            votes.cast(purpose, detail, bytes(len(self.gradients)), nothing, nothing, bytes(len(self.frozen)))
+            rounds, frozen = bytes(len(self.gradients)), bytes(len(self.frozen))
+            votes.cast(purpose, detail, self.chain.digest, rounds, nothing, nothing, frozen)
             self._collectives.agree(votes.tensor, f"the agreement before {CALLS[purpose]}")
             if votes.failed:
                 self._raise_failure(CALLS[purpose], None)
             if votes.purpose is not purpose or votes.detail is None:
                 raise self._disagreement(purpose, detail)
+            if votes.digest is None:
+                raise self.chain.mismatch(None, self._collectives.exchange)
             if votes.joined:
                 raise joined_error(purpose)
 
-    def _agree(self, purpose: Purpose, detail: bytes, error: Exception | None, by_hand: bool) -> tuple[Purpose, bytes]:
+    def _agree(
+        self, purpose: Purpose, detail: bytes, error: Exception | None, by_hand: bool, link: Link | None
+    ) -> tuple[Purpose, bytes]:
         votes = self._votes
         kept = bytes(self._has)
         discarded = bytes(self._discarded)
@@ -353,7 +375,8 @@ class Reducer:
         grads = map(_get_grad, self.frozen)
         frozen = bytes(isinstance(grad, ShardedGradient) or (by_hand and grad is not None) for grad in grads)
         rounds = bytes(min(gradient.num_rounds, 255) for gradient in self.gradients)
-        votes.cast(purpose, detail, rounds, kept, discarded, frozen, self.num_active)
+        digest = self.chain.digest if link is None else link.digest
+        votes.cast(purpose, detail, digest, rounds, kept, discarded, frozen, self.num_active)
         call = CALLS.get(purpose, "a failed call")
         self._collectives.agree(votes.tensor, f"the agreement before {call}")
         if votes.failed:
@@ -363,6 +386,8 @@ class Reducer:
         agreed, agreed_detail = votes.purpose, votes.detail
         if agreed is None or agreed_detail is None:
             raise self._disagreement(purpose, detail)
+        if votes.digest is None:
+            raise self.chain.mismatch(link, self._collectives.exchange)
         conflict = (
             [a & (b > 0) for a, b in zip(votes.has, votes.discarded, strict=True)] if any(votes.discarded) else []
         )
@@ -397,12 +422,17 @@ class Reducer:
         # Note [Launch order]: the rest of the plan first, then further rounds by (round, bucket).
         for number, index in self._plan[self._next :]:
             if rounds[index] >= number and self.gradients[index].launched < number:
-                self.gradients[index].launch()
+                self._launch(self.gradients[index])
         self._next = len(self._plan)
         for number in range(1, max(rounds, default=0) + 1):
             for index, gradient in enumerate(self.gradients):
                 if rounds[index] >= number and gradient.launched < number:
-                    gradient.launch()
+                    self._launch(gradient)
+
+    @property
+    def has_now(self) -> bytes:
+        """Per parameter, whether this rank has collected a gradient in this step."""
+        return bytes(self._has)
 
     @property
     def reduced(self) -> tuple[bytes, bytes]:
@@ -421,6 +451,7 @@ class Reducer:
         with self._lock:
             self._learn_expected()
             self.version += 1
+            self.chain.end_step()
             idle = not any(gradient.launched for gradient in self.gradients)
             for gradient in self.gradients:
                 if not idle:

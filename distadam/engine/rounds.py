@@ -13,7 +13,7 @@ each rank zeroes the discarded parameter's part of its shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -209,8 +209,8 @@ class BucketGradient:
         """Whether `launch` would not wait: a peer may launch the former round no earlier than this rank's `step`."""
         return self._absorbed == self.launched or self._inflight.ready(0.0)
 
-    def launch(self) -> None:
-        """Start the reduction of the next round; zeros where this rank has nothing."""
+    def launch(self, inspect: Callable[[FlatBucket, Tensor], None] | None) -> None:
+        """Start the reduction of the next round; zeros where this rank has nothing. ``inspect`` is shown it before."""
         self.absorb()
         if self._sum is not None:
             self._sum = self._to_accumulator(self._sum)
@@ -219,6 +219,8 @@ class BucketGradient:
                 self._held = None
         full = self._take(self._next_round())
         bucket = self.flat.bucket
+        if inspect is not None:
+            inspect(self.flat, full.tensor(bucket))
         if self._num_ranks == 1:
             self._held, self._landing = full, full.tensor(bucket)
         else:

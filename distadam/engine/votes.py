@@ -2,8 +2,8 @@
 
 Note [Agreement]: every call that communicates (`step`, `clip_grad_norm_`, a norm of `ShardedGradient`, ...) begins with
 one all-reduce (maximum) of bytes over the hosts' group. It carries what the call is, so that ranks that call different
-things learn it instead of hanging; whether a rank failed; how many rounds each bucket needs; and which parameters got a
-gradient. Hosts wait for each other here, never for a device.
+things learn it instead of hanging; whether a rank failed; the hash of what all must have in common (Note [Desync]); how
+many rounds each bucket needs; and which parameters got a gradient. Hosts wait for each other here, never for a device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from enum import IntEnum
 from itertools import pairwise
 
 import torch
+
+from distadam.engine.chain import DIGEST_NBYTES
 
 
 class Purpose(IntEnum):
@@ -58,13 +60,15 @@ CALLS = {
 }
 
 _DETAIL = 24
-_JOINED = 2 + 2 * _DETAIL
+_DIGEST = 2 + 2 * _DETAIL
+_JOINED = _DIGEST + 2 * DIGEST_NBYTES
 _ACTIVE = _JOINED + 1
 _HEADER = _ACTIVE + 2
+_COMPLEMENTS = bytes(range(255, -1, -1))
 
 
 class Votes:
-    """A byte vector: purpose and detail, each with its complement so that the maximum shows a disagreement; sections.
+    """A byte vector: purpose, detail, hash, each with its complement so that the maximum shows a difference; sections.
 
     Args:
         num_buckets: buckets, one byte each: rounds needed.
@@ -85,6 +89,7 @@ class Votes:
         self,
         purpose: Purpose,
         detail: bytes,
+        digest: bytes,
         rounds: bytes,
         has: bytes,
         discarded: bytes,
@@ -98,8 +103,8 @@ class Votes:
             data[:_HEADER] = bytes(_JOINED) + b"\1" + bytes(2)
         else:
             data[0], data[1] = purpose, 255 - purpose
-            data[2 : 2 + _DETAIL] = padded
-            data[2 + _DETAIL : _ACTIVE] = bytes(255 - byte for byte in padded) + b"\0"
+            shown = padded + _complement(padded) + digest + _complement(digest)
+            data[2:_ACTIVE] = shown + b"\0"
             data[_ACTIVE:_HEADER] = num_active.to_bytes(2, "big")
         for section, value in zip(self._sections, (rounds, has, discarded, frozen), strict=True):
             data[section] = value
@@ -127,8 +132,16 @@ class Votes:
     @property
     def detail(self) -> bytes | None:
         """The call's detail, or None if ranks differ."""
-        mine, other = self._data[2 : 2 + _DETAIL], self._data[2 + _DETAIL : _JOINED]
-        return bytes(mine) if all(a == 255 - b for a, b in zip(mine, other, strict=True)) else None
+        return self._same(2, _DETAIL)
+
+    @property
+    def digest(self) -> bytes | None:
+        """The hash of what ranks have in common, or None if they differ."""
+        return self._same(_DIGEST, DIGEST_NBYTES)
+
+    def _same(self, start: int, nbytes: int) -> bytes | None:
+        largest, other = bytes(self._data[start : start + nbytes]), self._data[start + nbytes : start + 2 * nbytes]
+        return largest if _complement(largest) == other else None
 
     @property
     def rounds(self) -> bytes:
@@ -149,6 +162,10 @@ class Votes:
     def frozen(self) -> bytes:
         """Per parameter outside the layout: 1 if it is trainable now."""
         return bytes(self._data[self._sections[3]])
+
+
+def _complement(data: bytes) -> bytes:
+    return data.translate(_COMPLEMENTS)
 
 
 def pack_floats(*values: float) -> bytes:
