@@ -14,7 +14,18 @@ from torch import nn
 
 import distadam
 from distadam import CommPolicy, LayoutMismatch, PrecisionPolicy, ShardPolicy, checkpoint
-from tests.checkpoint_runs import CASES, Model, build, digest, never_stopped, resume_many, train, write, write_many
+from tests.checkpoint_runs import (
+    CASES,
+    Model,
+    build,
+    digest,
+    never_stopped,
+    resume_grid,
+    resume_many,
+    train,
+    write,
+    write_many,
+)
 from tests.ranks import run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
@@ -41,17 +52,24 @@ def test_every_number_of_ranks_reads_what_every_other_wrote(read: int, tmp_path:
                 assert resumed == [_reference(case) for case in cases], f"{written} -> {read}"
 
 
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of every rule and storage, written by every number of ranks; every other one asynchronously."""
+    folder = tmp_path_factory.mktemp("grid")
+    for number, written in enumerate(SIZES):
+        run_ranks(written, write_many, str(folder / str(written)), CASES, STEPS, number % 2 == 0, timeout_s=900)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("read", SIZES)
-def test_full_grid(read: int, tmp_path: Path) -> None:
-    whole = run_ranks(read, never_stopped, CASES, LAST, timeout_s=300)[0]
-    assert whole == [_reference(case) for case in CASES]
-    for written in SIZES:
-        place = str(tmp_path / str(written))
-        run_ranks(written, write_many, place, CASES, STEPS, False, timeout_s=300)
-        for resumed in run_ranks(read, resume_many, place, CASES, STEPS, LAST, timeout_s=300):
-            assert resumed == whole
+def test_full_grid(read: int, grid: Path) -> None:
+    for digests in run_ranks(read, resume_grid, str(grid), SIZES, CASES, STEPS, LAST, timeout_s=1500):
+        assert digests.keys() == set(CASES)
+        for case, (whole, *resumed) in digests.items():
+            assert resumed == [whole] * len(SIZES), f"{case}: {SIZES} -> {read}"
+            assert whole == _reference(case)
 
 
 def _hybrid(rank: int, path: str, loads: bool) -> str:
