@@ -162,16 +162,16 @@ def settle(optimizer: Any, access: Access) -> None:
     what = f"the asynchronous save to {writer.job.store.path}"
     writer.written.wait()
     try:
-        agree(access, what, writer.error)
+        agree(access, what, writer.error)  # every rank has written
+        writer.join()
+        agree(access, what, writer.error)  # and the first has committed
     except Exception:
         writer.abort.set()
         writer.join()
         writer.job.clean()
-        _in_flight.pop(optimizer, None)
         raise
-    writer.join()
-    _in_flight.pop(optimizer, None)
-    agree(access, what, writer.error)
+    finally:
+        _in_flight.pop(optimizer, None)
 
 
 def flush(grace_s: float = EXIT_GRACE_S) -> None:
