@@ -3,6 +3,7 @@
 Everything is compared bit by bit. The golden files of format version 1 are loaded as they were committed.
 """
 
+import importlib
 import io
 import json
 import re
@@ -224,7 +225,9 @@ def test_long_commands_show_a_bar_of_bytes_on_a_terminal(tmp_path: Path, monkeyp
         for command, arguments in commands.items():
             screen = io.StringIO()
             console = Console(file=screen, force_terminal=is_terminal, width=100)
-            monkeypatch.setattr("distadam.cli.checkpoint.Console", lambda *_, console=console, **__: console)
+            monkeypatch.setattr(
+                importlib.import_module("distadam.cli.checkpoint"), "Console", lambda *_, console=console, **__: console
+            )
             for target in (tmp_path / "b", tmp_path / "o.pt"):
                 shutil.rmtree(target, ignore_errors=True)
                 target.unlink(missing_ok=True)

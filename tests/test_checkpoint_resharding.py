@@ -84,6 +84,17 @@ def _hybrid(rank: int, path: str, loads: bool) -> str:
     return digest(model, optimizer)
 
 
+def _shared(rank: int, path: str, loads: bool) -> str:
+    model, optimizer = build("adamw", "bf16 fp32 master", shard=ShardPolicy(share_parameters=True))
+    if loads:
+        checkpoint.load(path, model, optimizer)
+        train(model, optimizer, STEPS, STEPS + 5)
+    else:
+        train(model, optimizer, 0, STEPS)
+        checkpoint.save(path, model, optimizer)
+    return digest(model, optimizer)
+
+
 def _resume(rank: int, path: str, rule: str, storage: str, last: int) -> str:
     model, optimizer = build(rule, storage, 1)
     checkpoint.load(path, model, optimizer)
@@ -99,6 +110,13 @@ def test_hybrid_groups_read_and_write_what_plain_ones_do(tmp_path: Path) -> None
     sizes = checkpoint.describe(hybrid).files
     big = sorted(sizes.values())[-2:]
     assert sum(big) > 5 * (sum(sizes.values()) - sum(big))  # the second replica wrote its extra only
+
+
+def test_shared_parameters_read_and_write_what_others_do(tmp_path: Path) -> None:
+    plain, shared = str(tmp_path / "plain"), str(tmp_path / "shared")
+    run_ranks(3, write, plain, "adamw", "bf16 fp32 master", 0, STEPS, False)
+    run_ranks(2, _shared, shared, False)
+    assert len({*run_ranks(2, _shared, plain, True), _resume(0, shared, "adamw", "bf16 fp32 master", STEPS + 5)}) == 1
 
 
 def test_other_dtypes_take_the_master_and_not_the_rounded_parameter(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _convert(
     elif target.endswith(".safetensors"):
         _to_safetensors(saved, target, masters, progress)
     else:
-        return reshard(source, target, ranks=ranks, rename=rename, progress=progress)
+        return _reshard(source, target, ranks, rename, progress)
     return target
 
 
@@ -120,8 +120,22 @@ def reshard(
 ) -> str:
     """Write a checkpoint again as ``ranks`` ranks would have written it. `load` does not need it.
 
-    Holds two items of at most 8 MiB at a time in host memory.
+    Holds a few items of at most 8 MiB in host memory.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target not be written; nothing is left there then.
     """
+    with _failing(f"writing {os.fspath(path)} again to {os.fspath(to)}"):
+        return _reshard(path, to, ranks, rename, progress)
+
+
+def _reshard(
+    path: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    ranks: int,
+    rename: Rename,
+    progress: Progress | None,
+) -> str:
     if ranks < 1:
         raise ConfigError(f"reshard(ranks=...) expected at least 1 but got {ranks!r}.")
     saved = Saved.open(path, rename)
@@ -160,8 +174,7 @@ def reshard(
         read_slices(saved.store, saved.manifest, [Slice(entry, start, tensor)], progress)
         return tensor
 
-    with _failing(f"writing {os.fspath(path)} again to {os.fspath(to)}"):
-        return _write(Store(to), template, parts, resolve)
+    return _write(Store(to), template, parts, resolve)
 
 
 def _renamed_keys(manifest: Manifest, new_name: Mapping[str, str]) -> dict[str, str]:
