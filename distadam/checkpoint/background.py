@@ -70,6 +70,7 @@ class _Writer(threading.Thread):
         super().__init__(name=f"distadam checkpoint {job.id}", daemon=True)
         self.job, self.buffers = job, buffers
         self.error: Exception | None = None
+        self.commit_error: Exception | None = None
         self.written = threading.Event()
         self.abort = threading.Event()
         self.deadline_s: float | None = None
@@ -78,20 +79,20 @@ class _Writer(threading.Thread):
         """Write, tell, commit; what goes wrong is kept for `settle`."""
         what = f"saving {self.job.store.path}"
         try:
-            try:
-                self.job.write()
-                self.job.write_part()
-            except Exception as error:
-                self.error = as_ours(error, what)
-                self.job.clean()
-                with contextlib.suppress(Exception):
-                    self.job.write_part(error=str(self.error))
-            finally:
-                self.written.set()
+            self.job.write()
+            self.job.write_part()
+        except Exception as error:
+            self.error = as_ours(error, what)
+            self.job.clean()
+            with contextlib.suppress(Exception):
+                self.job.write_part(error=str(self.error))
+        finally:
+            self.written.set()
+        try:
             if self.error is None and self.job.template is not None:
                 self._commit()
         except Exception as error:
-            self.error = as_ours(error, what)
+            self.commit_error = as_ours(error, what)
         self.job.finished()
 
     def _commit(self) -> None:
@@ -164,7 +165,7 @@ def settle(optimizer: Any, access: Access) -> None:
     try:
         agree(access, what, writer.error)  # every rank has written
         writer.join()
-        agree(access, what, writer.error)  # and the first has committed
+        agree(access, what, writer.commit_error)  # and the first has committed
     except Exception:
         writer.abort.set()
         writer.join()
@@ -184,8 +185,8 @@ def flush(grace_s: float = EXIT_GRACE_S) -> None:
         writer.deadline_s = time.monotonic() + grace_s
         if writer.ident is not None:
             writer.join()
-        if writer.error is not None:
-            _logger.error("an asynchronous checkpoint was lost: %s", writer.error)
+        if writer.error is not None or writer.commit_error is not None:
+            _logger.error("an asynchronous checkpoint was lost: %s", writer.error or writer.commit_error)
         _writers.discard(writer)
 
 

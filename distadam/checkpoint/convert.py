@@ -61,7 +61,7 @@ def convert(
         ranks: number of data files to write.
         masters: write the full precision of 16-bit parameters to safetensors.
         rename: from saved names to new ones.
-        progress: called with the number of bytes that were just read (of torch.optim's files: written).
+        progress: called with the number of bytes that were just read or, where the target is a folder, written.
 
     Returns:
         The target's path.
@@ -171,10 +171,10 @@ def _reshard(
     def resolve(key: str, start: int, numel: int) -> Tensor:
         entry = data[old_keys[key]]
         tensor = torch.empty(numel, dtype=dtype_of(entry.dtype))
-        read_slices(saved.store, saved.manifest, [Slice(entry, start, tensor)], progress)
+        read_slices(saved.store, saved.manifest, [Slice(entry, start, tensor)])
         return tensor
 
-    return _write(Store(to), template, parts, resolve)
+    return _write(Store(to), template, parts, resolve, progress)
 
 
 def _renamed_keys(manifest: Manifest, new_name: Mapping[str, str]) -> dict[str, str]:
@@ -280,8 +280,10 @@ def _to_torch(saved: Saved, target: str, progress: Progress | None) -> None:
                 if entry:
                     state[index] = entry
             groups.append(group | {"params": list(numbers), "param_names": [names.get(n, n) for n in group["params"]]})
-        with _replacing(target) as temporary:
-            torch.save({"state": state, "param_groups": groups}, temporary)
+        with _replacing(target) as temporary, open(temporary, "wb") as file:  # by name, torch hides the system's error
+            torch.save({"state": state, "param_groups": groups}, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _torch_entry(saved: Saved, entry: ParamEntry | None, folder: str, progress: Progress | None) -> dict[str, Tensor]:
