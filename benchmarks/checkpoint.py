@@ -263,7 +263,8 @@ def main() -> None:
             about = (
                 f"{options.gigabytes:g} GB of AdamW moments and half as much of fp32 weights, layers of "
                 f"{WIDTH} x {WIDTH}, {num_ranks} ranks of one thread, {options.repeats} repeats, on {kind}; torch "
-                f"{torch.__version__}, {platform.machine()}, {os.cpu_count()} cores; {date.today()}."
+                f"{torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
+                f"load {os.getloadavg()[0]:.0f} at the end; {date.today()}."
             )
             result = {
                 "command": " ".join(sys.argv),

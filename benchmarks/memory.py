@@ -1,5 +1,7 @@
 """How much memory a piece of code takes beyond what its process had before."""
 
+import contextlib
+import ctypes
 import threading
 from pathlib import Path
 
@@ -21,6 +23,8 @@ class Peak:
         self.nbytes, self._every_s = 0, every_s
 
     def __enter__(self) -> "Peak":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc: what was freed and kept would hide what is taken
         self._before, self._stop = resident(), threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()

@@ -112,7 +112,7 @@ def test_fifty_killed_saves(tmp_path: Path) -> None:
             tmp_path / str(attempt), asynchronous, random.Random(1000 + attempt)
         )
     print(f"cut short: {cut_short[False]} of 25 saves, {cut_short[True]} of 25 asynchronous ones")
-    assert min(cut_short.values()) >= 10  # the kills did hit saves
+    assert min(cut_short.values()) >= 5  # the kills did hit saves
 
 
 def test_save_over_a_checkpoint_that_fails_at_any_write_keeps_the_old_one(

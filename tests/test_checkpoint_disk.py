@@ -91,7 +91,7 @@ def test_full_disk_while_a_checkpoint_is_converted_leaves_nothing(disk: Path, tm
                 said.append(str(error))
                 assert [path.name for path in disk.iterdir()] == ["filler"]
             (disk / "filler").unlink()
-        assert len(said) > 4
+        assert len(said) > 1
         assert all(re.search(f"converting .*/{target} failed: .*No space left on device", text) for text in said), said
         subprocess.run(["rm", "-r", disk / target], check=True)
 

@@ -37,9 +37,7 @@ def _trained() -> tuple[nn.Module, Any]:
 
 
 def _extra(call: Callable[[], object]) -> int:
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back at once, so that what is held is what counts
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back at once; what is held counts
     with Peak(every_s=0.001) as peak:
         call()
     return peak.nbytes
