@@ -38,8 +38,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def staggered_buffers(request: pytest.FixtureRequest) -> None:
     """Stagger this process's buffers; `tests.ranks` does it in the ranks."""
-<<<<<<< HEAD
     stagger_for(request.function)
-=======
-    stagger_for(request.module.__name__)
->>>>>>> d9ec5af (checkpoint: torchrun goes on when a host is lost, slices are written from where they lie, full disks (same bits))

@@ -59,11 +59,7 @@ def _serve(rank: int, num_ranks: int, store: str, connection: Connection, timeou
         except EOFError:
             os._exit(0)
         torch.manual_seed(0)
-<<<<<<< HEAD
         stagger_for(function)
-=======
-        stagger_for(function.__module__)
->>>>>>> d9ec5af (checkpoint: torchrun goes on when a host is lost, slices are written from where they lie, full disks (same bits))
         try:
             answer = ("ok", function(rank, *args))
         except BaseException as error:

@@ -1,6 +1,5 @@
 """Buffers of every size begin inside their memory, as large ones do (Note [Stagger] in comm/shared.py).
 
-<<<<<<< HEAD
 Tests use small models; without this no test would see a view that counts from the beginning of a buffer's memory. What
 counts bytes of memory has buffers as users have them: functions marked with `counts_bytes`, and modules that say
 ``COUNTS_BYTES = True``.
@@ -9,20 +8,12 @@ counts bytes of memory has buffers as users have them: functions marked with `co
 import sys
 from collections.abc import Callable
 from typing import Any
-=======
-Tests use small models; without this no test would see a view that counts from the beginning of a buffer's memory. A
-module of tests that count bytes of memory says ``COUNTS_BYTES = True`` and has buffers as users have them.
-"""
-
-import sys
->>>>>>> d9ec5af (checkpoint: torchrun goes on when a host is lost, slices are written from where they lie, full disks (same bits))
 
 from distadam.comm import shared
 
 STAGGERED_ABOVE = shared._STAGGERED_ABOVE
 
 
-<<<<<<< HEAD
 def counts_bytes(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a test, or what it runs on ranks."""
     function.__dict__["COUNTS_BYTES"] = True
@@ -35,9 +26,3 @@ def stagger_for(function: Callable[..., Any]) -> None:
         sys.modules[function.__module__], "COUNTS_BYTES", False
     )
     shared._STAGGERED_ABOVE = STAGGERED_ABOVE if marked else 0
-=======
-def stagger_for(module: str) -> None:
-    """Let this process's buffers be staggered from the first byte on, unless the tests of ``module`` count bytes."""
-    counts_bytes = getattr(sys.modules[module], "COUNTS_BYTES", False)
-    shared._STAGGERED_ABOVE = STAGGERED_ABOVE if counts_bytes else 0
->>>>>>> d9ec5af (checkpoint: torchrun goes on when a host is lost, slices are written from where they lie, full disks (same bits))
