@@ -20,6 +20,7 @@ from distadam.checkpoint.files import CHUNK_NBYTES
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.long
+COUNTS_BYTES = True
 
 PARAM, NUM_PARAMS, SLACK = 4096 * 1024 * 4, 4, 6_000_000
 READING = 6 * CHUNK_NBYTES  # an item as bytes, as a stream, as a tensor, and what is left of the one before
