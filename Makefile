@@ -68,7 +68,7 @@ tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 test-long: setup ## What `make test` leaves out for time: three ranks and more, compiled kernels, long examples.
 	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "long and not slow" $(PYTEST_ARGS)
 
-test-slow: setup ## The long tests: every pair of rank counts with every rule and storage, 50 killed saves.
+test-slow: setup ## Every pair of rank counts with every rule and storage, 50 killed saves; half an hour on two cores.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-cluster: setup ## A real Slurm of virtual nodes; as root it installs what is missing from Debian.

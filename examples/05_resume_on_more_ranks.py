@@ -5,7 +5,8 @@
 
 The second run finds the first one's newest good checkpoint, takes its own slices of the optimizer's state out of it and
 reads on in the data where the first stopped. The checkpoint does not know how many ranks wrote it. The same script
-survives ``torchrun --nnodes 1:2 --max-restarts 3``, SIGTERM (saves, then ends) and SIGUSR1 (saves).
+survives ``torchrun --nnodes 1:2 --max-restarts 3`` (with the variable that launch/README.md names), SIGTERM (saves,
+then ends) and SIGUSR1 (saves).
 
 The model learns sine waves of random frequency: it sees 16 points of one and says what the next is.
 """

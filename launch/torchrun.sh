@@ -51,6 +51,10 @@ LOCAL_ADDR="${LOCAL_ADDR:-}"
 # checkpoint begins anew, so this is 0 unless yours does resume.
 MAX_RESTARTS="${MAX_RESTARTS:-0}"
 
+# A store for each start: with torchrun's default, processes that are started again find the addresses of those that are
+# gone (https://github.com/pytorch/pytorch/issues/135712).
+if ((MAX_RESTARTS > 0)); then export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"; fi
+
 # Folder that keeps each rank's output and traceback. Empty: output goes to this terminal only.
 LOG_DIR="${LOG_DIR:-}"
 

@@ -32,6 +32,9 @@ STORAGES: dict[str, tuple[torch.dtype, PrecisionPolicy]] = {
     "bf16 fp32 master": (torch.bfloat16, PrecisionPolicy()),
     "split": (torch.bfloat16, PrecisionPolicy(master="split")),
     "stochastic": (torch.bfloat16, PrecisionPolicy(master="stochastic", moments="bf16", seed=3)),
+    "none": (torch.bfloat16, PrecisionPolicy(master="none", moments="8bit")),
+    "fp16 fp32 master": (torch.float16, PrecisionPolicy()),
+    "bf16 moments": (torch.float32, PrecisionPolicy(moments="bf16")),
     "8bit": (torch.float32, PrecisionPolicy(moments="8bit")),
     "split 8bit": (torch.bfloat16, PrecisionPolicy(master="split", moments="8bit")),
 }
@@ -132,17 +135,33 @@ def write_many(rank: int, folder: str, cases: list[tuple[str, str]], steps: int,
 
 def resume_many(rank: int, folder: str, cases: list[tuple[str, str]], steps: int, last: int) -> list[str]:
     """Return digests of runs that resume in other buckets, with the model in disorder before."""
-    resumed = []
+    return [
+        resume(folder, rule, storage, (number + 1) % 2, steps, last) for number, (rule, storage) in enumerate(cases)
+    ]
+
+
+def resume(folder: str, rule: str, storage: str, layout: int, steps: int, last: int) -> str:
+    model, optimizer = build(rule, storage, layout)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1)  # nothing may survive of what was there
+    optimizer.reload_parameters()
+    checkpoint.load(f"{folder}/{rule}-{storage}", model, optimizer)
+    train(model, optimizer, steps, last)
+    return digest(model, optimizer)
+
+
+def resume_grid(
+    rank: int, folder: str, writers: tuple[int, ...], cases: list[tuple[str, str]], steps: int, last: int
+) -> dict[tuple[str, str], list[str]]:
+    """Return by case the digest of a run that never stopped, then of one resumed from each writer's checkpoint."""
+    digests = {}
     for number, (rule, storage) in enumerate(cases):
-        model, optimizer = build(rule, storage, (number + 1) % 2)
-        with torch.no_grad():
-            for param in model.parameters():
-                param.add_(1)  # nothing may survive of what was there
-        optimizer.reload_parameters()
-        checkpoint.load(f"{folder}/{rule}-{storage}", model, optimizer)
-        train(model, optimizer, steps, last)
-        resumed.append(digest(model, optimizer))
-    return resumed
+        whole = never_stopped(rank, [(rule, storage)], last)
+        layout = (number + 1) % 2
+        resumed = [resume(f"{folder}/{writer}", rule, storage, layout, steps, last) for writer in writers]
+        digests[rule, storage] = whole + resumed
+    return digests
 
 
 def never_stopped(rank: int, cases: list[tuple[str, str]], last: int) -> list[str]:

@@ -3,13 +3,18 @@
 Everything is compared bit by bit. The golden files of format version 1 are loaded as they were committed.
 """
 
+import importlib
+import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from typer.testing import CliRunner
@@ -208,6 +213,56 @@ def _run(*arguments: str, code: int = 0) -> str:
     return done.output
 
 
+def test_long_commands_show_a_bar_of_bytes_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    optimizer = distadam.AdamW(model.named_parameters())
+    _step(model, optimizer, 0)
+    path = checkpoint.save(tmp_path / "a", model, optimizer).path
+    commands = {
+        "verify": [path],
+        "reshard": [path, str(tmp_path / "b"), "--ranks", "2"],
+        "convert": [path, str(tmp_path / "o.pt")],
+    }
+    for is_terminal in (True, False):
+        for command, arguments in commands.items():
+            screen = io.StringIO()
+            console = Console(file=screen, force_terminal=is_terminal, width=100)
+            monkeypatch.setattr(
+                importlib.import_module("distadam.cli.checkpoint"), "Console", lambda *_, console=console, **__: console
+            )
+            for target in (tmp_path / "b", tmp_path / "o.pt"):
+                shutil.rmtree(target, ignore_errors=True)
+                target.unlink(missing_ok=True)
+            printed = json.loads(_run(command, *arguments, "--json"))  # stdout stays one object
+            assert printed.get("good") or printed["written"] == arguments[1]
+            total = checkpoint.describe(path).nbytes / 1e6
+            done = re.findall(rf"{command} .*?([\d.]+)/([\d.]+) MB", screen.getvalue())
+            assert bool(done) is is_terminal
+            if is_terminal:
+                reached, of = map(float, done[-1])
+                assert of == pytest.approx(total, abs=0.1)
+                share = 2 / 3 if command == "convert" else 1  # torch.optim's state dict has no weights
+                assert reached == pytest.approx(share * of, rel=0.1)
+
+
+def test_every_command_says_errors_as_json_and_as_a_line(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    for command in (
+        ["describe", nowhere],
+        ["reshard", nowhere, str(tmp_path / "b"), "--ranks", "2"],
+        ["convert", nowhere, str(tmp_path / "b.pt")],
+        ["convert", str(tmp_path / "none.pt"), str(tmp_path / "c")],
+    ):
+        said = json.loads(_run(*command, "--json", code=1))
+        assert said["error"] in ("IncompleteCheckpoint", "ConfigError")
+        assert f"{said['error']}: {said['message']}" in _run(*command, code=1)
+    said = json.loads(_run("verify", nowhere, "--json", code=1))
+    assert not said["good"]
+    assert said["problems"][0]["error"] == "IncompleteCheckpoint"
+    assert json.loads(_run("prune", nowhere, "--keep-last", "1", "--json")) == {"deleted": []}
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_line(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(0, str(tmp_path / "run" / f"step-{step}"), "adamw", "split", 0, step, False)
@@ -216,7 +271,12 @@ def test_command_line(tmp_path: Path) -> None:
     assert json.loads(_run("describe", path, "--json"))["step"] == 3
     assert json.loads(_run("verify", path, "--json")) == {"path": path, "good": True, "problems": []}
     assert json.loads(_run("reshard", path, str(tmp_path / "b"), "--ranks", "3", "--json"))["written"].endswith("/b")
-    _run("convert", path, str(tmp_path / "o.pt"))
+    target = str(tmp_path / "o.pt")
+    assert json.loads(_run("convert", path, target, "--json")) == {"written": target}
+    assert sorted(torch.load(target)) == ["param_groups", "state"]
+    (tmp_path / "names.json").write_text(json.dumps({"embedding": "words"}))
+    _run("convert", path, str(tmp_path / "d"), "--ranks", "2", "--rename", str(tmp_path / "names.json"))
+    assert "words" in _run("describe", str(tmp_path / "d"))
     _run("convert", path, str(tmp_path / "w.safetensors"), "--masters")
     _run("convert", f"{tmp_path}/o.pt", f"{tmp_path}/c", "--weights", f"{tmp_path}/w.safetensors", "--rule", "adamw")
     gone = json.loads(_run("prune", str(tmp_path / "run"), "--keep-last", "1", "--json"))["deleted"]

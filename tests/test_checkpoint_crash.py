@@ -83,7 +83,8 @@ def _kill(folder: Path, asynchronous: bool, rng: random.Random) -> None:
         pool.close()
 
 
-def _kill_and_resume(folder: Path, asynchronous: bool, rng: random.Random) -> None:
+def _kill_and_resume(folder: Path, asynchronous: bool, rng: random.Random) -> bool:
+    """Return whether a save was cut short."""
     _kill(folder, asynchronous, rng)
     newest = checkpoint.latest(folder)
     assert newest is not None
@@ -92,6 +93,7 @@ def _kill_and_resume(folder: Path, asynchronous: bool, rng: random.Random) -> No
             checkpoint.verify(path)
     ((step, ours),) = set(run_ranks(2, _resumed, newest, 20))
     assert ours == _whole(0, step + 20)
+    return any(any(path.iterdir()) and not (path / "commit.json").exists() for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -101,10 +103,16 @@ def test_killed_save_leaves_the_newest_committed_one_loadable(asynchronous: bool
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_fifty_killed_saves(tmp_path: Path) -> None:
+    cut_short = {False: 0, True: 0}
     for attempt in range(50):
-        _kill_and_resume(tmp_path / str(attempt), attempt % 2 == 1, random.Random(1000 + attempt))
+        asynchronous = attempt % 2 == 1
+        cut_short[asynchronous] += _kill_and_resume(
+            tmp_path / str(attempt), asynchronous, random.Random(1000 + attempt)
+        )
+    print(f"cut short: {cut_short[False]} of 25 saves, {cut_short[True]} of 25 asynchronous ones")
+    assert min(cut_short.values()) >= 5  # the kills did hit saves
 
 
 def test_save_over_a_checkpoint_that_fails_at_any_write_keeps_the_old_one(
@@ -174,6 +182,42 @@ def test_flipped_or_cut_byte_of_any_file_is_named(written: Path, tmp_path: Path)
                     assert digest(model, optimizer) == before
 
 
+def test_checksums_cover_every_byte_of_every_file(written: Path, tmp_path: Path) -> None:
+    table = manifest.read_manifest(manifest.Store(written))
+    for name, items in table.files.items():
+        ends = [0, *(item.offset + item.nbytes for item in items)]
+        assert [item.offset for item in items] == ends[:-1]  # from the first byte on, without gaps
+        assert ends[-1] == (written / name).stat().st_size  # to the last
+    covered = {*table.files, "commit.json", f"{table.id}.manifest.json", ".metadata"}
+    assert covered == {path.name for path in written.iterdir()}
+    marker = (written / "commit.json").read_bytes()
+    for position in range(len(marker)):  # the one file whose checksum is its own
+        for bit in range(8):
+            data = bytearray(marker)
+            data[position] ^= 1 << bit
+            (tmp_path / "commit.json").write_bytes(data)
+            with pytest.raises(CorruptShard, match=r"commit\.json"):
+                manifest.read_commit(manifest.Store(tmp_path))
+        (tmp_path / "commit.json").write_bytes(marker[:position])
+        with pytest.raises(CorruptShard, match=r"commit\.json"):
+            manifest.read_commit(manifest.Store(tmp_path))
+
+
+def test_flipped_byte_of_any_stored_tensor_names_it(written: Path, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    table = manifest.read_manifest(manifest.Store(written))
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    for name, items in table.files.items():
+        whole = (written / name).read_bytes()
+        for item in items:
+            data = bytearray(whole)
+            data[item.offset + rng.randrange(item.nbytes)] ^= 1 << rng.randrange(8)
+            (tmp_path / name).write_bytes(data)
+            (found,) = checkpoint.problems(tmp_path)
+            assert f"{name}: tensor '{item.key}'" in str(found)
+        (tmp_path / name).write_bytes(whole)
+
+
 def _load_damaged(rank: int, path: str) -> None:
     model, optimizer = build(RULE, STORAGE)
     before = digest(model, optimizer)
@@ -208,6 +252,46 @@ def test_missing_file_marker_and_directory_are_named(written: Path, tmp_path: Pa
         checkpoint.load(tmp_path, *build(RULE, STORAGE))
     with pytest.raises(IncompleteCheckpoint, match="empty or does not exist"):
         checkpoint.load(tmp_path / "nowhere", *build(RULE, STORAGE))
+
+
+def _commit_where_the_first_rank_cannot(rank: int, folder: str, asynchronous: bool) -> list[str]:
+    """Return what was said at each moment of committing that fails."""
+    model, optimizer = build(RULE, STORAGE)
+    checkpoint.save(f"{folder}/good", model, optimizer)
+    said = []
+    for number, name in enumerate((".metadata", "manifest.json", "commit.json")):
+        original = manifest.Store.write
+
+        def fails(self: Any, file: str, data: bytes, name: str = name, original: Any = original) -> None:
+            _no_space() if file.endswith(name) else original(self, file, data)
+
+        manifest.Store.write = fails  # type: ignore[method-assign]
+        try:
+            checkpoint.save(f"{folder}/bad-{number}", model, optimizer, asynchronous=asynchronous).wait()
+        except CheckpointError as error:
+            said.append(str(error))
+        finally:
+            manifest.Store.write = original  # type: ignore[method-assign]
+    checkpoint.save(f"{folder}/again", model, optimizer).wait()
+    return said
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_save_that_cannot_be_committed_is_an_error_everywhere_and_leaves_no_data(
+    asynchronous: bool, tmp_path: Path
+) -> None:
+    for said in run_ranks(2, _commit_where_the_first_rank_cannot, str(tmp_path), asynchronous):
+        assert ["No space left on device" in text for text in said] == [True] * 3
+    assert not [path for path in tmp_path.glob("bad-*/*") if path.name != ".metadata"]
+    assert checkpoint.latest(tmp_path) == str(tmp_path / "again")
+
+
+def test_error_after_the_commit_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build(RULE, STORAGE)
+    monkeypatch.setattr(job, "prune", _no_space)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.save(tmp_path / "a", model, optimizer, keep_last=1)
+    assert checkpoint.verify(tmp_path / "a").num_ranks == 1
 
 
 def _save_where_one_rank_cannot(rank: int, folder: str, asynchronous: bool) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 Gradients are sums of sample numbers, exact in every order, so runs on other numbers of ranks have the same bits.
 """
 
-import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,37 +20,12 @@ from torch import nn
 import distadam
 from distadam import ConfigError, checkpoint
 from distadam.checkpoint import elastic, files
+from tests.elastic_runs import KILL_AT, expected_reads, loop, notes, reads
 from tests.ranks import Pool, RanksFailed, run_ranks
 
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[1]
-SAMPLES, BATCH, STEPS = 50, 12, 30  # a batch that an epoch's end cuts, and that 1, 2, 3 and 4 ranks divide
-
-
-def loop(rank: int, folder: str, kill: tuple[int, int] | None = None, pause: float = 0.0) -> list[float]:
-    """Train with `elastic.run` and note what was read when; ``kill`` is (rank, step) of a SIGKILL to itself."""
-    model = nn.Linear(5, 3)
-    torch.nn.init.ones_(model.weight)
-    optimizer = distadam.AdamW(model.named_parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 7)
-    batches = elastic.GlobalBatches(SAMPLES, BATCH, optimizer, seed=1)
-    num_ranks = optimizer.checkpoint_access().collectives.groups.num_ranks
-    extra = {"schedule": schedule, "batches": batches}
-    weights = []
-    for step in elastic.run(f"{folder}/checkpoints", model, optimizer, num_steps=STEPS, extra=extra, every=4):
-        own = batches.next()
-        with open(f"{folder}/read.{num_ranks}.{rank}.jsonl", "a") as file:
-            file.write(json.dumps([step, own.tolist()]) + "\n")
-        if kill == (rank, step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        for param in model.parameters():
-            param.grad = torch.full_like(param, float(own.sum()) * num_ranks / 64)
-        optimizer.step()
-        schedule.step()
-        weights.append(float(model.weight.detach().sum()))
-        time.sleep(pause)
-    return weights
 
 
 def as_script(rank: int, folder: str, kill: tuple[int, int], pause: float) -> None:
@@ -61,42 +36,93 @@ def as_script(rank: int, folder: str, kill: tuple[int, int], pause: float) -> No
         os._exit(1)
 
 
-def _reads(folder: Path, num_ranks: int) -> dict[int, list[int]]:
-    """Return the samples that all ranks together read in each step that all of them began."""
-    found: dict[int, list[list[int]]] = {}
-    for path in folder.glob(f"read.{num_ranks}.*.jsonl"):
-        for line in path.read_text().splitlines():
-            step, own = json.loads(line)
-            found.setdefault(step, []).append(own)
-    return {step: sorted(itertools.chain(*parts)) for step, parts in found.items() if len(parts) == num_ranks}
-
-
-def _expected() -> dict[int, list[int]]:
-    order: list[int] = []
-    for epoch in range(STEPS * BATCH // SAMPLES + 1):
-        generator = torch.Generator().manual_seed(1_000_003 + epoch)
-        order += torch.randperm(SAMPLES, generator=generator).tolist()
-    return {step: sorted(order[step * BATCH : (step + 1) * BATCH]) for step in range(STEPS)}
-
-
 def test_run_that_loses_a_rank_goes_on_with_the_rest(tmp_path: Path) -> None:
     pool = Pool(4)
     with pytest.raises(RanksFailed) as failure:
-        pool.run(as_script, str(tmp_path), (2, 14), 0.01, timeout_s=60)
+        pool.run(as_script, str(tmp_path), (2, KILL_AT), 0.01, timeout_s=60)
     assert {name for name, _ in failure.value.errors.values()} == {"Died"}
     (weights, *others) = run_ranks(3, loop, str(tmp_path))
     assert all(other == weights for other in others)
     whole = tmp_path / "whole"
     whole.mkdir()
     assert weights == loop(0, str(whole))[-len(weights) :]
-    first, second, expected = _reads(tmp_path, 4), _reads(tmp_path, 3), _expected()
+    first, second, expected = reads(tmp_path, 4), reads(tmp_path, 3), expected_reads()
     begin = min(second)
-    assert 0 < begin <= 14
-    assert {step: first[step] for step in range(begin)} | second == expected == _reads(whole, 1)
+    assert 0 < begin <= KILL_AT
+    assert {step: first[step] for step in range(begin)} | second == expected == reads(whole, 1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _agents(folder: Path, victim: int, host: int, share_store: str) -> list[subprocess.Popen[str]]:
+    """Start four torchrun agents of one rank each that meet on loopback; any number from one on may go on."""
+    endpoint = f"127.0.0.1:{_free_port()}"
+    agents = []
+    for number in range(4):
+        conf = {"is_host": int(number == host), "last_call_timeout": 2, "join_timeout": 60}
+        conf |= {"keep_alive_interval": 1, "keep_alive_max_attempt": 3}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc-per-node", "1"]
+        command += ["--max-restarts", "3", "--monitor-interval", "0.2", "--rdzv-backend", "c10d", "--rdzv-id", "lost"]
+        command += ["--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1"]
+        command += ["--rdzv-conf", ",".join(f"{key}={value}" for key, value in conf.items())]
+        command += ["-m", "tests.elastic_runs", str(folder)]
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": share_store}
+        environment |= {"VICTIM": "1"} if number == victim else {}
+        with (folder / f"agent.{number}.log").open("w") as log:
+            agents.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, text=True))
+    return agents
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("victim", "host"), [(2, 0), (0, 1)])
+def test_torchrun_goes_on_with_three_ranks_when_one_of_four_is_killed(victim: int, host: int, tmp_path: Path) -> None:
+    agents = _agents(tmp_path, victim, host, "1")
+    try:
+        codes = [agent.wait(timeout=240) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    said = "\n".join(path.read_text()[-4000:] for path in sorted(tmp_path.glob("agent.*.log")))
+    assert codes == [-signal.SIGKILL if number == victim else 0 for number in range(4)], said
+
+    first, second = reads(tmp_path, 4), reads(tmp_path, 3)
+    begin = min(second)
+    assert 0 < begin <= KILL_AT
+    assert {step: first[step] for step in range(begin)} | second == expected_reads()
+
+    run_ranks(3, loop, str(tmp_path / "found.3"))  # not interrupted, from the checkpoint that was found
+    assert notes(tmp_path / "found.3", 3) == notes(tmp_path, 3)  # losses bit by bit
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    weights = loop(0, str(whole))
+    for rank in range(3):
+        assert json.loads((tmp_path / f"weights.3.{rank}.json").read_text()) == weights[begin:]
+
+
+@pytest.mark.parametrize(
+    ("shared", "restarts", "warned"), [("True", "3", True), ("True", "0", False), ("False", "3", False)]
+)
+def test_store_that_torchrun_shares_between_groups_is_warned_of(
+    shared: str, restarts: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    optimizer = distadam.SGD(nn.Linear(2, 2).parameters())
+    assert list(elastic.run(tmp_path, None, optimizer, num_steps=1)) == [0]
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) is warned
 
 
 def test_global_batches_of_any_number_of_ranks_are_the_same(tmp_path: Path) -> None:
-    assert len({tuple(map(tuple, _expected().values()))}) == 1
+    assert len({tuple(map(tuple, expected_reads().values()))}) == 1
     model = nn.Linear(2, 2)
     optimizer = distadam.SGD(model.named_parameters())
     batches = elastic.GlobalBatches(10, 4, optimizer, shuffle=False)

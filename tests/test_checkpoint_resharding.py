@@ -14,7 +14,18 @@ from torch import nn
 
 import distadam
 from distadam import CommPolicy, LayoutMismatch, PrecisionPolicy, ShardPolicy, checkpoint
-from tests.checkpoint_runs import CASES, Model, build, digest, never_stopped, resume_many, train, write, write_many
+from tests.checkpoint_runs import (
+    CASES,
+    Model,
+    build,
+    digest,
+    never_stopped,
+    resume_grid,
+    resume_many,
+    train,
+    write,
+    write_many,
+)
 from tests.ranks import run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
@@ -41,22 +52,40 @@ def test_every_number_of_ranks_reads_what_every_other_wrote(read: int, tmp_path:
                 assert resumed == [_reference(case) for case in cases], f"{written} -> {read}"
 
 
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of every rule and storage, written by every number of ranks; every other one asynchronously."""
+    folder = tmp_path_factory.mktemp("grid")
+    for number, written in enumerate(SIZES):
+        run_ranks(written, write_many, str(folder / str(written)), CASES, STEPS, number % 2 == 0, timeout_s=900)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("read", SIZES)
-def test_full_grid(read: int, tmp_path: Path) -> None:
-    whole = run_ranks(read, never_stopped, CASES, LAST, timeout_s=300)[0]
-    assert whole == [_reference(case) for case in CASES]
-    for written in SIZES:
-        place = str(tmp_path / str(written))
-        run_ranks(written, write_many, place, CASES, STEPS, False, timeout_s=300)
-        for resumed in run_ranks(read, resume_many, place, CASES, STEPS, LAST, timeout_s=300):
-            assert resumed == whole
+def test_full_grid(read: int, grid: Path) -> None:
+    for digests in run_ranks(read, resume_grid, str(grid), SIZES, CASES, STEPS, LAST, timeout_s=1500):
+        assert digests.keys() == set(CASES)
+        for case, (whole, *resumed) in digests.items():
+            assert resumed == [whole] * len(SIZES), f"{case}: {SIZES} -> {read}"
+            assert whole == _reference(case)
 
 
 def _hybrid(rank: int, path: str, loads: bool) -> str:
     mesh = torch.distributed.init_device_mesh("cpu", (2, 2))
     model, optimizer = build("adamw", "bf16 fp32 master", shard=ShardPolicy(mesh=mesh))
+    if loads:
+        checkpoint.load(path, model, optimizer)
+        train(model, optimizer, STEPS, STEPS + 5)
+    else:
+        train(model, optimizer, 0, STEPS)
+        checkpoint.save(path, model, optimizer)
+    return digest(model, optimizer)
+
+
+def _shared(rank: int, path: str, loads: bool) -> str:
+    model, optimizer = build("adamw", "bf16 fp32 master", shard=ShardPolicy(share_parameters=True))
     if loads:
         checkpoint.load(path, model, optimizer)
         train(model, optimizer, STEPS, STEPS + 5)
@@ -81,6 +110,13 @@ def test_hybrid_groups_read_and_write_what_plain_ones_do(tmp_path: Path) -> None
     sizes = checkpoint.describe(hybrid).files
     big = sorted(sizes.values())[-2:]
     assert sum(big) > 5 * (sum(sizes.values()) - sum(big))  # the second replica wrote its extra only
+
+
+def test_shared_parameters_read_and_write_what_others_do(tmp_path: Path) -> None:
+    plain, shared = str(tmp_path / "plain"), str(tmp_path / "shared")
+    run_ranks(3, write, plain, "adamw", "bf16 fp32 master", 0, STEPS, False)
+    run_ranks(2, _shared, shared, False)
+    assert len({*run_ranks(2, _shared, plain, True), _resume(0, shared, "adamw", "bf16 fp32 master", STEPS + 5)}) == 1
 
 
 def test_other_dtypes_take_the_master_and_not_the_rounded_parameter(tmp_path: Path) -> None:

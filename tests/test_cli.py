@@ -156,6 +156,20 @@ def test_launch_starts_again_after_failure(script):
 
 
 @pytest.mark.long
+def test_launch_starts_a_group_again_that_lost_a_rank(script):
+    path = script(
+        "import distadam, torch, torch.distributed as dist\ndistadam.init_process_group(timeout_s=60)\n"
+        "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\ntotal = torch.ones(1)\ndist.all_reduce(total)\n"
+        "print('attempt', attempt, 'of', int(total))\n"
+        "if attempt < 2 and rank == attempt:\n    os.kill(os.getpid(), signal.SIGKILL)\ndist.barrier()\n"
+    )
+    done = run("launch", "--nproc", "3", "--max-restarts", "2", path)
+    assert done.returncode == 0, done.stderr
+    for attempt in range(3):
+        assert done.stdout.count(f"attempt {attempt} of 3") == 3
+
+
+@pytest.mark.long
 def test_launch_keeps_logs_where_it_is_told(script, tmp_path):
     done = run(
         "launch", "--nproc", "2", "--log-dir", str(tmp_path / "logs"), script("print('kept', rank)\nassert rank\n")

@@ -76,6 +76,7 @@ class _Writer(threading.Thread):
         super().__init__(name=f"distadam checkpoint {job.id}", daemon=True)
         self.job, self.buffers = job, buffers
         self.error: Exception | None = None
+        self.commit_error: Exception | None = None
         self.written = threading.Event()
         self.abort = threading.Event()
         self.deadline_s: float | None = None
@@ -84,20 +85,20 @@ class _Writer(threading.Thread):
         """Write, tell, commit; what goes wrong is kept for `settle`."""
         what = f"saving {self.job.store.path}"
         try:
-            try:
-                self.job.write()
-                self.job.write_part()
-            except Exception as error:
-                self.error = as_ours(error, what)
-                self.job.clean()
-                with contextlib.suppress(Exception):
-                    self.job.write_part(error=str(self.error))
-            finally:
-                self.written.set()
+            self.job.write()
+            self.job.write_part()
+        except Exception as error:
+            self.error = as_ours(error, what)
+            self.job.clean()
+            with contextlib.suppress(Exception):
+                self.job.write_part(error=str(self.error))
+        finally:
+            self.written.set()
+        try:
             if self.error is None and self.job.template is not None:
                 self._commit()
         except Exception as error:
-            self.error = as_ours(error, what)
+            self.commit_error = as_ours(error, what)
         self.job.finished()
 
     def _commit(self) -> None:
@@ -168,16 +169,16 @@ def settle(optimizer: Any, access: Access) -> None:
     what = f"the asynchronous save to {writer.job.store.path}"
     writer.written.wait()
     try:
-        agree(access, what, writer.error)
+        agree(access, what, writer.error)  # every rank has written
+        writer.join()
+        agree(access, what, writer.commit_error)  # and the first has committed
     except Exception:
         writer.abort.set()
         writer.join()
         writer.job.clean()
-        _in_flight.pop(optimizer, None)
         raise
-    writer.join()
-    _in_flight.pop(optimizer, None)
-    agree(access, what, writer.error)
+    finally:
+        _in_flight.pop(optimizer, None)
 
 
 def flush(grace_s: float = EXIT_GRACE_S) -> None:
@@ -190,8 +191,8 @@ def flush(grace_s: float = EXIT_GRACE_S) -> None:
         writer.deadline_s = time.monotonic() + grace_s
         if writer.ident is not None:
             writer.join()
-        if writer.error is not None:
-            _logger.error("an asynchronous checkpoint was lost: %s", writer.error)
+        if writer.error is not None or writer.commit_error is not None:
+            _logger.error("an asynchronous checkpoint was lost: %s", writer.error or writer.commit_error)
         _writers.discard(writer)
 
 

@@ -23,10 +23,11 @@ from distadam.checkpoint import safetensors
 from distadam.checkpoint.files import Progress, Resolve, Slice, dtype_name, dtype_of, read_slices, write_slices
 from distadam.checkpoint.job import commit, versions
 from distadam.checkpoint.live import COMMON, blob, extra_key, row_major, state_key, weight_key
-from distadam.checkpoint.manifest import Item, Manifest, ParamEntry, TensorEntry
+from distadam.checkpoint.manifest import DCP_METADATA, Item, Manifest, ParamEntry, TensorEntry
+from distadam.checkpoint.raw import as_bytes
 from distadam.checkpoint.saved import Rename, Saved, renamed
 from distadam.checkpoint.store import Store
-from distadam.errors import CheckpointError, ConfigError
+from distadam.errors import CheckpointError, ConfigError, DistAdamError
 
 _TORCH = (".pt", ".pth", ".bin")
 _STEPLESS = ("sgd",)
@@ -60,7 +61,7 @@ def convert(
         ranks: number of data files to write.
         masters: write the full precision of 16-bit parameters to safetensors.
         rename: from saved names to new ones.
-        progress: called with the number of bytes that were just read.
+        progress: called with the number of bytes that were just read or, where the target is a folder, written.
 
     Returns:
         The target's path.
@@ -70,18 +71,43 @@ def convert(
         ConfigError: this cannot be converted into that.
     """
     source, target = os.fspath(path), os.fspath(to)
+    with _failing(f"converting {source} to {target}"):
+        return _convert(source, target, weights, rule, ranks, masters, rename, progress)
+
+
+def _convert(
+    source: str,
+    target: str,
+    weights: str | os.PathLike[str] | None,
+    rule: str | None,
+    ranks: int,
+    masters: bool,
+    rename: Rename,
+    progress: Progress | None,
+) -> str:
     if source.endswith(_TORCH):
         if weights is None or rule is None:
             raise ConfigError(f"convert({source!r}) expected weights= and rule= with torch.optim's state dict.")
-        return _from_torch(source, Store(target), os.fspath(weights), rule, ranks, rename)
+        return _from_torch(source, Store(target), os.fspath(weights), rule, ranks, rename, progress)
     saved = Saved.open(source, rename)
     if target.endswith(_TORCH):
         _to_torch(saved, target, progress)
     elif target.endswith(".safetensors"):
         _to_safetensors(saved, target, masters, progress)
     else:
-        return reshard(source, target, ranks=ranks, rename=rename, progress=progress)
+        return _reshard(source, target, ranks, rename, progress)
     return target
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Turn errors of the file system, which torch may raise as RuntimeErrors, into CheckpointErrors."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, DistAdamError):
+            raise
+        raise CheckpointError(f"{what} failed: {error}. Nothing is left at the target.") from error
 
 
 def reshard(
@@ -94,8 +120,22 @@ def reshard(
 ) -> str:
     """Write a checkpoint again as ``ranks`` ranks would have written it. `load` does not need it.
 
-    Holds two items of at most 8 MiB at a time in host memory.
+    Holds a few items of at most 8 MiB in host memory.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target not be written; nothing is left there then.
     """
+    with _failing(f"writing {os.fspath(path)} again to {os.fspath(to)}"):
+        return _reshard(path, to, ranks, rename, progress)
+
+
+def _reshard(
+    path: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    ranks: int,
+    rename: Rename,
+    progress: Progress | None,
+) -> str:
     if ranks < 1:
         raise ConfigError(f"reshard(ranks=...) expected at least 1 but got {ranks!r}.")
     saved = Saved.open(path, rename)
@@ -124,17 +164,17 @@ def reshard(
             yield Slice(replace(entry, key=keys[key]), start, tensor)
         if rank == 0:
             yield blob(COMMON, extras.pack(common, "the optimizer"))
-            yield from (blob(key, saved.whole(key).numpy().tobytes()) for key in extra)
+            yield from (blob(key, as_bytes(saved.whole(key))) for key in extra)
 
     old_keys = {new: old for old, new in keys.items()}
 
     def resolve(key: str, start: int, numel: int) -> Tensor:
         entry = data[old_keys[key]]
         tensor = torch.empty(numel, dtype=dtype_of(entry.dtype))
-        read_slices(saved.store, saved.manifest, [Slice(entry, start, tensor)], progress)
+        read_slices(saved.store, saved.manifest, [Slice(entry, start, tensor)])
         return tensor
 
-    return _write(Store(to), template, parts, resolve)
+    return _write(Store(to), template, parts, resolve, progress)
 
 
 def _renamed_keys(manifest: Manifest, new_name: Mapping[str, str]) -> dict[str, str]:
@@ -168,7 +208,11 @@ def _new_id() -> str:
 
 
 def _write(
-    store: Store, template: Manifest, parts: Callable[[int], Iterator[Slice]], resolve: Resolve | None = None
+    store: Store,
+    template: Manifest,
+    parts: Callable[[int], Iterator[Slice]],
+    resolve: Resolve | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Write one file per rank and commit."""
     if store.exists("commit.json"):
@@ -176,11 +220,13 @@ def _write(
     written: list[dict[str, list[Item]]] = []
     try:
         for rank in range(template.num_ranks):
-            written.append(write_slices(store, f"{template.id}-{rank}", list(parts(rank)), resolve=resolve))
+            written.append(
+                write_slices(store, f"{template.id}-{rank}", list(parts(rank)), resolve=resolve, progress=progress)
+            )
         commit(store, template, written)
     except BaseException:
         for name in store.names():
-            if name.startswith(template.id):
+            if name.startswith(template.id) or name == DCP_METADATA:
                 store.remove(name)
         store.remove_directory()
         raise
@@ -234,8 +280,10 @@ def _to_torch(saved: Saved, target: str, progress: Progress | None) -> None:
                 if entry:
                     state[index] = entry
             groups.append(group | {"params": list(numbers), "param_names": [names.get(n, n) for n in group["params"]]})
-        with _replacing(target) as temporary:
-            torch.save({"state": state, "param_groups": groups}, temporary)
+        with _replacing(target) as temporary, open(temporary, "wb") as file:  # by name, torch hides the system's error
+            torch.save({"state": state, "param_groups": groups}, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _torch_entry(saved: Saved, entry: ParamEntry | None, folder: str, progress: Progress | None) -> dict[str, Tensor]:
@@ -246,15 +294,22 @@ def _torch_entry(saved: Saved, entry: ParamEntry | None, folder: str, progress: 
     for name in entry.states:
         value = saved.decoded(entry, name, progress=progress)
         if value.numel():
-            mapped = torch.from_file(
-                os.path.join(folder, secrets.token_hex(8)), shared=True, size=value.numel(), dtype=value.dtype
-            )
-            value = mapped.copy_(value)
+            value = _mapped(value, os.path.join(folder, secrets.token_hex(8)))
         result[name] = value.as_strided(entry.shape, entry.strides)
     return result
 
 
-def _from_torch(source: str, store: Store, weights: str, rule: str, ranks: int, rename: Rename) -> str:
+def _mapped(value: Tensor, path: str) -> Tensor:
+    """Return a copy in a memory-mapped file. Its bytes are allotted first: touching what does not fit is a SIGBUS."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, value.nbytes)
+    return torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).copy_(value)
+
+
+def _from_torch(
+    source: str, store: Store, weights: str, rule: str, ranks: int, rename: Rename, progress: Progress | None
+) -> str:
     saved = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     values = _open_weights(weights)
     entries: dict[str, ParamEntry] = {}
@@ -292,7 +347,7 @@ def _from_torch(source: str, store: Store, weights: str, rule: str, ranks: int, 
             yield blob(COMMON, extras.pack({"param_groups": groups, "unplaced": {}, "values": {}}, source))
             yield blob(extra_key(0), extras.pack({}, source))
 
-    return _write(store, template, parts)
+    return _write(store, template, parts, progress=progress)
 
 
 def _plain_entry(name: str, value: Tensor) -> ParamEntry:

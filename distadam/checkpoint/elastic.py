@@ -2,7 +2,9 @@
 
 For ``torchrun --nnodes MIN:MAX --max-restarts N``: whenever the number of ranks changes, torchrun starts the script
 again, and `run` goes on from the newest good checkpoint. What a rank reads is decided by `GlobalBatches` from the
-position in the data and the number of ranks, so that no sample is read twice or left out.
+position in the data and the number of ranks, so that no sample is read twice or left out. Set
+``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun: without it the ranks that are left look for the lost one where it
+was (https://github.com/pytorch/pytorch/issues/135712).
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ from distadam.errors import ConfigError, CorruptShard, IncompleteCheckpoint
 
 _logger = logging.getLogger("distadam")
 _POSITION = "distadam.elastic.step"
+_SHARED_STORE = (
+    "torchrun shares one store between the groups that it starts, so ranks that it starts again may connect to lost "
+    "ones (pytorch issue 135712): start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
+)
 
 
 def run(
@@ -68,6 +74,8 @@ def run(
     Collective: every rank of shard x replicate, the loop included. Syncs: hosts agree once a step.
     """
     access: Access = optimizer.checkpoint_access()
+    if access.collectives.groups.rank == 0 and _shares_store():
+        _logger.warning(_SHARED_STORE)
     done = _resume(directory, model, optimizer, access, extra)
     with _signals() as seen:
         for step in range(done, num_steps):
@@ -110,6 +118,12 @@ def _resume(
         except (CorruptShard, IncompleteCheckpoint) as error:
             _logger.warning("passing over a damaged checkpoint: %s", error)
     return 0
+
+
+def _shares_store() -> bool:
+    """Say whether torchrun may start this script again on a store that it has used before."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 @contextmanager

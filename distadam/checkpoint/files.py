@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from distadam.checkpoint.manifest import Item, Manifest, TensorEntry, corrupt
+from distadam.checkpoint.raw import alone
 from distadam.checkpoint.store import Store
 from distadam.errors import IncompleteCheckpoint
 
@@ -120,8 +121,8 @@ def write_slices(
 ) -> dict[str, list[Item]]:
     """Write slices into one new file; return its items by file name (nothing for no slices).
 
-    Holds one item of at most `CHUNK_NBYTES` in host memory beside the slices. Slices on the meta device are asked for
-    item by item.
+    Slices in host memory are written from where they lie; of others one item of at most `CHUNK_NBYTES` is copied there
+    at a time. Slices on the meta device are asked for item by item.
     """
     store.make()
     wanted = [part for part in slices if part.tensor.numel()]
@@ -135,10 +136,8 @@ def write_slices(
                 tensor = part.tensor[start - part.start : start - part.start + numel]
                 if tensor.is_meta and resolve is not None:
                     tensor = resolve(part.entry.key, start, numel)
-                # torch.save writes the whole storage that a view is of
-                tensor = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
                 offset, stream = file.tell(), _ItemStream(file, progress)
-                torch.save(tensor, cast("IO[bytes]", stream))
+                torch.save(alone(tensor.detach().cpu()), cast("IO[bytes]", stream))
                 items.append(Item(part.entry.key, start, numel, offset, file.tell() - offset, stream.crc32))
         file.flush()
         if store.is_local:

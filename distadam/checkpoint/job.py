@@ -12,7 +12,15 @@ from importlib import metadata
 import torch
 
 from distadam.checkpoint.files import Slice, pickle_metadata, write_slices
-from distadam.checkpoint.manifest import COMMIT, DCP_METADATA, Item, Manifest, TensorEntry, write_commit
+from distadam.checkpoint.manifest import (
+    COMMIT,
+    DCP_METADATA,
+    Item,
+    Manifest,
+    TensorEntry,
+    read_commit,
+    write_commit,
+)
 from distadam.checkpoint.prune import prune
 from distadam.checkpoint.store import Store
 from distadam.errors import CheckpointError
@@ -91,11 +99,17 @@ class Job:
         self.parts = ()
 
     def clean(self) -> None:
-        """Remove what this rank has written of a save that failed."""
-        with contextlib.suppress(OSError):
+        """Remove what this rank has written of a save that failed, unless it failed after it was committed."""
+        with contextlib.suppress(OSError, CheckpointError):
+            if self.store.exists(COMMIT) and read_commit(self.store).id == self.id:
+                return
+            mine = (f"{self.id}-{self.rank}_", self.part_name(self.rank), *self._manifest_names())
             for name in self.store.names():
-                if name.startswith(f"{self.id}-{self.rank}_") or name == self.part_name(self.rank):
+                if name.startswith(mine):
                     self.store.remove(name)
+
+    def _manifest_names(self) -> list[str]:
+        return [] if self.template is None else [f"{self.id}.manifest.json"]
 
 
 def commit(store: Store, template: Manifest, written: Sequence[Items]) -> Manifest:

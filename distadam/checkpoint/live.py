@@ -165,7 +165,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(torch.empty(shape, device="meta").stride())
 
 
-def blob(key: str, data: bytes) -> Slice:
+def blob(key: str, data: bytes | memoryview) -> Slice:
     """Return bytes as a tensor."""
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return Slice(TensorEntry(key, "uint8", len(data)), 0, tensor)

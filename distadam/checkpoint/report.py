@@ -142,3 +142,4 @@ def _compare(store: Store, manifest: Manifest, name: str, progress: Progress | N
                 progress(len(data))
             if zlib.crc32(data) != item.crc32:
                 yield corrupt(store, name, item)
+            del data  # before the next is read

@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from distadam.checkpoint.raw import as_bytes
 from distadam.errors import CheckpointError
 
 _CODES = {
@@ -54,7 +55,8 @@ def write(path: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], values:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in values:
-            file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+            flat = value.contiguous()
+            file.write(as_bytes(flat))
         file.flush()
         os.fsync(file.fileno())
 

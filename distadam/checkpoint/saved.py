@@ -14,6 +14,7 @@ from distadam.checkpoint import extra as extras
 from distadam.checkpoint.files import Progress, Slice, dtype_of, read_slices
 from distadam.checkpoint.live import state_key, weight_key
 from distadam.checkpoint.manifest import Manifest, ParamEntry, check_sizes, read_manifest
+from distadam.checkpoint.raw import as_bytes
 from distadam.checkpoint.store import Store
 from distadam.errors import LayoutMismatch
 from distadam.precision import blockwise
@@ -114,7 +115,7 @@ class Saved:
 
     def blob(self, key: str) -> Any:
         """Return the values behind a tensor of bytes."""
-        return extras.unpack(self.whole(key).numpy().tobytes())
+        return extras.unpack(bytes(as_bytes(self.whole(key))))
 
 
 def _wide(value: Tensor) -> Tensor:

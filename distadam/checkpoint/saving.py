@@ -98,15 +98,15 @@ def _write_now(access: Access, job: Job, what: str) -> None:
         error = as_ours(caught, what)
     try:
         written = agree(access, what, error, job.items)
+        try:
+            if job.template is not None:
+                job.commit(written)
+        except Exception as caught:
+            error = as_ours(caught, what)
+        agree(access, what, error)
     except Exception:
         job.clean()
         raise
-    try:
-        if job.template is not None:
-            job.commit(written)
-    except Exception as caught:
-        error = as_ours(caught, what)
-    agree(access, what, error)
     job.finished()
 
 

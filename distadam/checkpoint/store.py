@@ -57,11 +57,16 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
         temporary = f"{name}.tmp"
-        with self.open(temporary, "wb") as file:
-            file.write(data)
-            if self.is_local:
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            with self.open(temporary, "wb") as file:
+                file.write(data)
+                if self.is_local:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove(temporary)
+            raise
         if self.is_local:
             os.replace(self.place(temporary), self.place(name))
             self.sync()

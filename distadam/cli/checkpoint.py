@@ -61,8 +61,7 @@ def convert(
 ) -> None:
     """Convert between checkpoints, torch.optim's state dict and safetensors."""
     with failing(as_json):
-        total = _nbytes(path) if not path.endswith(".pt") else 0
-        with _bar("convert", total) as progress:
+        with _bar("convert", _nbytes(path) or _sizes(path, weights)) as progress:
             written = checkpoints.convert(
                 path,
                 to,
@@ -107,6 +106,10 @@ def _nbytes(path: str) -> int:
     with contextlib.suppress(DistAdamError):
         return checkpoints.describe(path).nbytes
     return 0
+
+
+def _sizes(*paths: str | None) -> int:
+    return sum(Path(path).stat().st_size for path in paths if path is not None and Path(path).is_file())
 
 
 def _mapping(rename: Path | None) -> dict[str, str] | None:

@@ -25,6 +25,11 @@ from distadam.engine.dumps import VARIABLE
 
 __all__ = ["cpu_environment", "launch", "launch_here"]
 
+# Note [One store a round]: torchrun's agents share one store with all the groups that they ever start. What ranks of a
+# group that is gone wrote there (their addresses) is still there when the next group meets, which then connects to the
+# dead: https://github.com/pytorch/pytorch/issues/135712. With this variable every group has a store of its own.
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
 # Note [Allocator settings]: glibc gives freed blocks above its mmap threshold back to the kernel, so the gradients that
 # backward allocates afresh each step cost a page fault for every 4 KB, each step. These keep freed memory in the
 # process.
@@ -156,6 +161,8 @@ def _run(console: Console, config: LaunchConfig, command: list[str], dumps: Path
     """Run the ranks to their end; return the exit code for this process."""
     _quiet_torchelastic()
     os.environ[VARIABLE] = str(dumps)  # the ranks inherit it: Note [Dumps]
+    if config.max_restarts:
+        os.environ.setdefault(_OWN_STORE, "1")  # Note [One store a round]
     output, errors = RankLines(sys.stdout), RankLines(sys.stderr)
     escaped = [part.replace("$", "$$") for part in command]  # torchelastic fills in ${...} in arguments
     try:
