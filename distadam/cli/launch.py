@@ -1,6 +1,7 @@
 """``distadam launch``: torch's own launcher, with readable output and settings that suit CPU ranks."""
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -20,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distadam.cli.failures import print_failures, sort_failures
 from distadam.cli.rank_output import PREFIX_TEMPLATE, RankLines
+from distadam.comm import phase
 
 __all__ = ["cpu_environment", "launch", "launch_here"]
 
@@ -60,7 +62,7 @@ def launch(
     with _log_folder(log_dir) as folder:
         config = _config(num_local, nnodes, node_rank, rdzv_endpoint, max_restarts, folder)
         command = ["-u", str(Path(__file__).with_name("worker.py")), *(["-m"] if module else []), script, *script_args]
-        code = _run(console, config, command)
+        code = _run(console, config, command, Path(folder))
     if code and log_dir is not None:
         console.print(f"distadam launch: logs in {log_dir}", highlight=False)
     raise typer.Exit(code)
@@ -73,7 +75,8 @@ def launch_here(nproc: str, module: str, args: list[str]) -> int:
     _announce(console, num_local, 1)
     with _log_folder(None) as folder:
         config = _config(num_local, 1, None, "", 0, folder)
-        return _run(console, config, ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args])
+        command = ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args]
+        return _run(console, config, command, Path(folder))
 
 
 def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
@@ -140,9 +143,12 @@ def _config(
     )
 
 
-def _run(console: Console, config: LaunchConfig, command: list[str]) -> int:
-    """Run the ranks to their end; return the exit code for this process."""
+def _run(console: Console, config: LaunchConfig, command: list[str], folder: Path) -> int:
+    """Run the ranks to their end; return the exit code for this process. Ranks note in ``folder`` what they do."""
     _quiet_torchelastic()
+    for stale in folder.glob("phase.*"):
+        stale.unlink()
+    os.environ[phase.VARIABLE] = str(folder)
     output, errors = RankLines(sys.stdout), RankLines(sys.stderr)
     escaped = [part.replace("$", "$$") for part in command]  # torchelastic fills in ${...} in arguments
     try:
@@ -151,7 +157,7 @@ def _run(console: Console, config: LaunchConfig, command: list[str]) -> int:
     except ChildFailedError as error:
         _finish(output, errors)
         failures = sort_failures(error.failures)
-        print_failures(console, failures)
+        print_failures(console, failures, functools.partial(phase.read, folder))
         return failures[0].exit_code
     except (SignalException, KeyboardInterrupt) as error:
         _finish(output, errors)
