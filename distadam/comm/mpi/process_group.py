@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from distadam.comm.mpi.numbers import Reduction, carried, memory, number_type
@@ -21,6 +20,8 @@ from distadam.comm.tree import TreeSum
 from distadam.errors import CommError, ConfigError
 
 NAME = "mpi4py"
+
+c10d: Any = dist.distributed_c10d  # where the options of collectives are
 
 
 @dataclass(slots=True)
@@ -49,13 +50,13 @@ class _Place:
         self.flat = torch.empty(sum(self.counts), dtype=first.dtype)
         self._copied = True
         if filled:
-            for tensor, part in zip(self._tensors, self.flat.split(self.counts), strict=True):
+            for tensor, part in zip(self._tensors, torch.split(self.flat, self.counts), strict=True):
                 part.view(tensor.shape).copy_(tensor)
 
     def deliver(self) -> None:
         """Write the values to the tensors."""
         if self._copied:
-            for tensor, part in zip(self._tensors, self.flat.split(self.counts), strict=True):
+            for tensor, part in zip(self._tensors, torch.split(self.flat, self.counts), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
 
@@ -75,7 +76,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     """
 
     def __init__(self, mpi: Any, progress: Progress, comm: Any, timeout: timedelta, name: str) -> None:
-        super().__init__(comm.rank, comm.size)  # type: ignore[call-arg, arg-type]
+        super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
         self._mpi = mpi
         self._progress = progress
         self._comm = comm
@@ -84,7 +85,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._largest_tag = comm.Get_attr(mpi.TAG_UB)
         self._name = name
         group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
-        self._world_ranks = list(mpi.Group.Translate_ranks(group, list(range(comm.size)), world))
+        self._world_ranks: list[int] = list(mpi.Group.Translate_ranks(group, list(range(comm.size)), world))
         group.Free()
         world.Free()
         self._lane = Lane(name, zlib.crc32(name.encode()), self._world_ranks)
@@ -180,7 +181,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._check_reduction(opts, tensors)
         return self._start("all-reduce", steps(), tensors, opts)
 
-    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> MpiWork:  # type: ignore[override]
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> MpiWork:
         """`allreduce` of several tensors at once."""
         return self.allreduce(tensors, opts or c10d.AllreduceCoalescedOptions())
 
@@ -218,9 +219,9 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         return self._start("all-gather", steps(), outputs, opts)
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
 
-    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> MpiWork:  # type: ignore[override]
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> MpiWork:
         """Copy every rank's k-th input to ``outputs[k][rank]``; ranks' inputs may differ in size."""
         opts = opts or c10d.AllgatherOptions()
         for parts, tensor in zip(outputs, inputs, strict=True):
@@ -239,7 +240,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         return self._start("all-gather", steps(), [tensor for parts in outputs for tensor in parts], opts)
 
-    def allgather_coalesced(self, output_lists: Any, inputs: Any, opts: Any = None) -> MpiWork:  # type: ignore[override]
+    def allgather_coalesced(self, output_lists: Any, inputs: Any, opts: Any = None) -> MpiWork:
         """Copy every rank's k-th input to ``output_lists[rank][k]``."""
         return self.allgather([list(parts) for parts in zip(*output_lists, strict=True)], inputs, opts)
 
@@ -287,7 +288,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         """Combine every rank's ``input`` and keep this rank's part. ``output`` may be that part of ``input``."""
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
-    _reduce_scatter_base = reduce_scatter_single
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> MpiWork:
         """`reduce_scatter_single` of several tensors at once."""
@@ -298,7 +299,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         counts = [[output.numel()] * self.size() for output in outputs]
         return self._reduce_scatter(outputs, [_Place([tensor], filled=True) for tensor in inputs], counts, opts)
 
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> MpiWork:  # type: ignore[override]
         """Combine every rank's ``inputs[k][rank]`` into that rank's k-th output; ranks' parts may differ in size."""
@@ -320,9 +321,9 @@ class MpiProcessGroup(dist.ProcessGroup):
         sent = self._counts("all-to-all input", input, input_splits)
         return self._all_to_all(_Place([output], filled=False), received, _Place([input], filled=True), sent, opts)
 
-    alltoall_base = all_to_all_single
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
 
-    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> MpiWork:  # type: ignore[override]
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> MpiWork:
         """Send ``inputs[r]`` to rank r; ``outputs[r]`` comes from rank r. Sizes may differ."""
         opts = opts or c10d.AllToAllOptions()
         for parts in (outputs, inputs):
@@ -330,7 +331,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         places = _Place(outputs, filled=False), _Place(inputs, filled=True)
         return self._all_to_all(places[0], places[0].counts, places[1], places[1].counts, opts)
 
-    def barrier(self, opts: Any = None) -> MpiWork:  # type: ignore[override]
+    def barrier(self, opts: Any = None) -> MpiWork:
         """Wait for every rank to get here."""
 
         def steps() -> Steps:
@@ -351,7 +352,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     # Point to point ---------------------------------------------------------------------------------------------------
 
-    def send(self, tensors: Any, dst: int, tag: int = 0) -> MpiWork:  # type: ignore[override]
+    def send(self, tensors: Any, dst: int, tag: int = 0) -> MpiWork:
         """Send one tensor to rank ``dst``, which receives by the same tag."""
         [tensor] = self._checked(tensors)
         flat = _Place([tensor], filled=True).flat
@@ -362,7 +363,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         return self._start(f"send to rank {self._world_rank(dst)} (tag {tag})", steps(), tensors, None, peer=dst)
 
-    def recv(self, tensors: Any, src: int, tag: int = 0) -> MpiWork:  # type: ignore[override]
+    def recv(self, tensors: Any, src: int, tag: int = 0) -> MpiWork:
         """Receive one tensor, of the size that is sent, from rank ``src``."""
         return self._receive(tensors, src, tag, f"receive from rank {self._world_rank(src)} (tag {tag})")
 
@@ -529,16 +530,16 @@ class MpiProcessGroup(dist.ProcessGroup):
         return [split * row for split in splits]
 
     def _checked(self, tensors: Any) -> list[Tensor]:
-        tensors = list(tensors)
-        for tensor in tensors:
+        found: list[Tensor] = list(tensors)
+        for tensor in found:
             if tensor.device.type != "cpu" or tensor.layout != torch.strided:
                 raise ConfigError(
                     f"the mpi4py backend carries dense CPU tensors but got {tensor.layout} on {tensor.device}; use "
                     "NCCL for CUDA (distadam.init_process_group() does, and meets over MPI)."
                 )
-            if tensor.dtype != tensors[0].dtype:
-                raise ConfigError(f"expected tensors of one dtype but got {tensors[0].dtype} and {tensor.dtype}.")
-        return tensors
+            if tensor.dtype != found[0].dtype:
+                raise ConfigError(f"expected tensors of one dtype but got {found[0].dtype} and {tensor.dtype}.")
+        return found
 
     def _check_reduction(self, opts: Any, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:

@@ -105,7 +105,7 @@ class MpiWork(dist.Work):
             if self._job.error is None:
                 future.set_result(self._tensors)
             else:
-                future.set_exception(self._job.error)
+                future.set_exception(self._job.error)  # type: ignore[arg-type]  # torch annotates a result
 
         if threading.current_thread().name == Progress.THREAD_NAME:  # it has others to carry on with
             threading.Thread(target=fulfil, name="distadam mpi future", daemon=True).start()
