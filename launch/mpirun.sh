@@ -20,7 +20,8 @@ NPROC="${NPROC:-2}"                                 # ranks in all
 PYTHON="${PYTHON:-python3}"                         # has distadam and mpi4py, on all hosts
 read -ra options <<<"${MPIEXEC_ARGS:-}"             # more options of mpiexec, separated by spaces
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # threads of each rank
-PHASES="${PHASES:-$(mktemp -d)}"                    # where ranks note what they do: on several hosts, a shared folder
+PHASES="${PHASES:-}"                                # where ranks note what they do: on several hosts, a shared folder
+[[ -n "$PHASES" ]] || { PHASES="$(mktemp -d)" && trap 'rm -rf "$PHASES"' EXIT; }
 mkdir -p "$PHASES"
 rm -f "$PHASES"/phase.* "$PHASES"/exit.*
 export DISTADAM_PHASES="$PHASES"
@@ -42,7 +43,9 @@ fi
 # Each rank runs under a shell that outlives it and keeps its exit code. "-m mpi4py" ends the job at an uncaught exception.
 # shellcheck disable=SC2016 # that shell fills these in
 keep='rank="${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${PMIX_RANK:-0}}}"
-"$@" || { code=$?; echo "$(date +%s.%N) $rank $code" > "$DISTADAM_PHASES/exit.$rank"; exit "$code"; }'
+"$@" || { code=$?; end="$DISTADAM_PHASES/exit.$rank"
+  [ -e "$end" ] || echo "$(date +%s.%N) $rank $code" > "$end"
+  exit "$code"; }'
 command=("$MPIEXEC" ${options[@]+"${options[@]}"} -n "$NPROC" bash -c "$keep" rank "$PYTHON" -m mpi4py "$@")
 if [[ -n "${DRY_RUN:-}" ]]; then
   printf '%q ' "${command[@]}"
@@ -54,7 +57,7 @@ code=0
 ((code != 0)) || exit 0
 
 first="$(cat "$PHASES"/exit.* 2>/dev/null | sort -n | awk 'NR == 1 {print $2}' || true)"
-echo "mpirun.sh: the job failed, exit code $code; what each rank did last, as noted in $PHASES:" >&2
+echo "mpirun.sh: the job failed, exit code $code; what each rank did last:" >&2
 for ((rank = 0; rank < NPROC; rank++)); do
   ended="had not ended"
   if read -r _ _ status 2>/dev/null <"$PHASES/exit.$rank"; then

@@ -86,8 +86,13 @@ def test_ranks_of_a_slurm_step_meet_on_its_first_node_at_a_port_of_the_job():
 def test_world_that_is_not_the_launchers_is_refused():
     world.check_size(None, 1, "MPICH")
     world.check_size(find_mpi(PMI), 4, "MPICH")
-    with pytest.raises(ConfigError, match=r"4 ranks that Open MPI's launcher started .*MPICH.* world of 1"):
-        world.check_size(find_mpi(OPEN_MPI), 1, "MPICH 5.0")
+    with pytest.raises(ConfigError, match=r"4 ranks that MPICH or .* launcher started .*Open MPI 5.* world of 1"):
+        world.check_size(find_mpi(PMI), 1, "Open MPI 5.0")
+    world.check_vendor(find_mpi(OPEN_MPI), "Open MPI 5.0")
+    world.check_vendor(find_mpi(PMI), "Open MPI 5.0")  # Slurm's PMI starts both
+    for library in ("MPICH 5.0", "Intel(R) MPI Library 2021"):  # its MPI_Init would end the process
+        with pytest.raises(ConfigError, match=r"that Open MPI's launcher started .* cannot be started by it"):
+            world.check_vendor(find_mpi(OPEN_MPI), library)
 
 
 def test_missing_mpi4py_names_the_install_command(monkeypatch):
@@ -371,9 +376,11 @@ def test_reductions_that_are_not_defined_are_refused(op, dtype):
 
 KILLED = """
 import os, signal
-from distadam.comm.phase import note
+from distadam.comm.phase import end, note
 note("reduce_scatter of bucket 3 on rank 1 of 2")
 note("agree of step")
+end(1)
+end(2)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -384,6 +391,7 @@ def test_note_outlives_a_killed_process(tmp_path):
     assert done.returncode == -9
     assert phase.read(tmp_path, 1) == "agree of step"
     assert phase.read(tmp_path, 0) == ""
+    assert (tmp_path / "exit.1").read_text().endswith(" 1 1\n")
 
 
 def test_mpirun_shows_its_command(tmp_path):

