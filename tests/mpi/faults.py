@@ -22,7 +22,7 @@ from distadam import CommPolicy, ShardPolicy
 from distadam.comm import Collectives
 from distadam.errors import CommError
 
-TIMEOUT_S = 6.0
+TIMEOUT_S = 8.0
 LOST = 1
 
 

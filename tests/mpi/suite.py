@@ -354,6 +354,19 @@ class Bound:
         same(work.get_future().wait()[0], tensor)
         assert work.result()[0] is tensor
 
+    def test_wait_may_be_given_up_and_begun_anew(self) -> None:
+        following, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        got = torch.empty(3)
+        work = dist.irecv(got, group_src=before, group=self.group)
+        with pytest.raises(CommError, match=r"receive from rank .* has not ended after 0\.05 s; it goes on"):
+            work.wait(timedelta(seconds=0.05))
+        assert not work.is_completed()
+        dist.barrier(self.group)  # everybody has given up once
+        sending = dist.isend(values(self.rank, 3), group_dst=following, group=self.group)
+        for each in (work, sending):
+            each.wait(timedelta(seconds=1000))
+        same(got, values(before, 3))
+
     def test_results_are_not_touched_after_wait(self) -> None:
         for _ in range(30):
             tensor = values(self.rank, 1000)

@@ -369,7 +369,7 @@ class Progress:
             found.append("all ranks take part in it; the network or the machine is too slow")
         if not found:
             found.append(f"{_ranks(job.peers)} alive but has not sent or received it")
-        return "; ".join(found) + "."
+        return "; ".join(found)
 
     def _send_letter(self, peer: int, tag: int, words: tuple[int, int, int]) -> None:
         letter = array.array("q", words)

@@ -50,7 +50,8 @@ class MpiWork(dist.Work):
         """Block until it has ended.
 
         Args:
-            timeout: how long to block at most; it goes on all the same, within the group's own timeout. 0: no limit.
+            timeout: how long to block at most; the operation goes on all the same. 0, or no less than the operation's
+                own timeout (its group's): until it ends, by the latter if need be, which finds out who is missing.
 
         Returns:
             True.
@@ -59,8 +60,8 @@ class MpiWork(dist.Work):
             CommError: it failed, or has not ended by then; names the operation, and who is missing.
         """
         seconds = timeout.total_seconds()
-        if not self._progress.wait(self._job, seconds if seconds > 0 else None):
-            raise CommError(f"{self._job.what} has not ended after {seconds:g} s; it goes on.")
+        if not self._progress.wait(self._job, seconds if 0 < seconds < self._job.timeout_s else None):
+            raise CommError(f"{self._job.what} has not ended after {seconds:g} s; it goes on")
         if self._job.error is not None:
             raise CommError(str(self._job.error)) from self._job.error
         return True
