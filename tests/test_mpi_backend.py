@@ -293,8 +293,7 @@ def test_time_out_says_who_is_missing_and_the_group_is_unusable_from_then_on(sta
         raise late.error
     with pytest.raises(CommError, match=r"^a broadcast could not start: .* unusable since an all-reduce did not"):
         raise queued.error
-    with pytest.raises(CommError, match="cannot be ended: an all-reduce is in flight"):
-        thread.remove_lane(lane)
+    assert not thread.remove_lane(lane)  # MPI may still write into its memory
     thread.stop()
     assert mpi.abort_status == 1  # MPI_Finalize would wait for the dead
 

@@ -142,12 +142,11 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self._lane.num_entered
 
     def shutdown(self) -> None:
-        """Give the communicator back. After a failure it is kept: what is in flight would be written to free memory.
+        """Give the communicator back; with operations in flight, or after a failure, it is kept until the job ends.
 
         Collective: every rank of the group, when all its operations have ended.
         """
-        if self._comm is not None and self._lane.error is None:
-            self._progress.remove_lane(self._lane)
+        if self._comm is not None and self._progress.remove_lane(self._lane) and self._lane.error is None:
             self._comm.Free()
         self._comm = None
 
