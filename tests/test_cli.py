@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from distadam.cli.failures import sort_failures
 from distadam.cli.launch import cpu_environment
 from distadam.cli.rank_output import RankLines
+from distadam.comm import phase
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
@@ -137,6 +138,8 @@ def test_launch_ends_other_ranks_and_returns_exit_code_of_first(script):
 
 def test_launch_reports_crash_before_what_it_causes(script):
     path = script(
+        f"exec(open({phase.__file__!r}).read(), globals())\n"
+        "note(f'agree of step on rank {rank} of 2')\n"
         "if rank == 1:\n    signal_peers()\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
         "await_peer()\nraise ConnectionError('peer is gone')\n"
     )
@@ -144,6 +147,7 @@ def test_launch_reports_crash_before_what_it_causes(script):
     assert done.returncode == 128 + signal.SIGSEGV
     assert "[1] Fatal Python error: Segmentation fault" in done.stderr
     assert "rank 1 failed first (exit code 139): signal SIGSEGV" in done.stderr
+    assert "rank 1 had last started: agree of step on rank 1 of 2\n" in done.stderr
 
 
 @pytest.mark.long

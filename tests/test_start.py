@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,8 +27,14 @@ VARIABLES = (
     "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
     "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE",
+    "PMI_RANK",
+    "PMIX_RANK",
     "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
 )
 
 
@@ -118,7 +125,14 @@ def _start_alone() -> tuple[distadam.RunInfo, bool, str]:
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"SLURM_NTASKS": "1"}, {"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_NTASKS": ""}],
+    [
+        {},
+        {"SLURM_NTASKS": "1"},
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"SLURM_NTASKS": ""},
+    ],
     ids=str,
 )
 def test_start_stays_one_process_when_nothing_says_more(environment: dict[str, str]) -> None:
@@ -128,15 +142,54 @@ def test_start_stays_one_process_when_nothing_says_more(environment: dict[str, s
     assert text == "distadam: launcher none, backend none, rank 0 of 1 (local rank 0), device cpu"
 
 
+def _start_without_mpi4py() -> distadam.RunInfo:
+    sys.modules["mpi4py"] = None  # type: ignore[assignment]
+    return distadam.init_process_group()
+
+
 @pytest.mark.parametrize(
-    ("variable", "launcher"),
-    [("OMPI_COMM_WORLD_SIZE", "Open MPI"), ("PMI_SIZE", "MPICH"), ("SLURM_NTASKS", "Slurm")],
+    ("variables", "launcher"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "Open MPI"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "MPICH or Intel MPI"),
+    ],
 )
-def test_start_refuses_other_launchers_and_says_the_cure(variable: str, launcher: str) -> None:
-    [(name, message)] = run_with([{variable: "2"}], _start)
-    assert name == "ConfigError"
-    for words in (f"{variable}=2", launcher, "distadam launch", "torchrun", "RANK", "WORLD_SIZE"):
+def test_start_under_mpi_without_mpi4py_says_the_cure(variables: dict[str, str], launcher: str) -> None:
+    [(name, message)] = run_with([variables], _start_without_mpi4py)
+    assert name == "MissingDependency"
+    variable = next(iter(variables))
+    for words in (f"{variable}=2", launcher, "pip install 'distadam[mpi]'", "MASTER_ADDR", "distadam launch"):
         assert words in message
+
+
+def test_start_in_an_allocation_without_a_step_says_the_cure() -> None:
+    [(name, message)] = run_with([{"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}], _start)
+    assert name == "ConfigError"
+    for words in ("SLURM_NTASKS=2", "Slurm", "srun", "torchrun"):
+        assert words in message
+
+
+def _start_elsewhere_and_sum() -> tuple[str, float, bool]:
+    info = _start_without_mpi4py()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return str(info), total.item(), distadam.init_process_group() == info
+
+
+@pytest.mark.parametrize("launcher", ["Slurm", "Open MPI"])
+def test_start_takes_the_place_that_another_launcher_gives(launcher: str) -> None:
+    """srun's ranks meet on the first node at a port of the job; MPI's, without mpi4py, where they are told to."""
+    [given, _] = launched(2, elastic=False)
+    place = {"MASTER_ADDR": given["MASTER_ADDR"], "MASTER_PORT": given["MASTER_PORT"]}
+    names = {
+        "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+        "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    }[launcher]
+    environments = [place | dict(zip(names, ("2", str(rank), str(rank)), strict=True)) for rank in range(2)]
+    for rank, (text, total, again) in enumerate(run_with(environments, _start_elsewhere_and_sum)):
+        assert text == f"distadam: launcher {launcher}, backend gloo, rank {rank} of 2 (local rank {rank}), device cpu"
+        assert total == 2
+        assert again
 
 
 def test_start_prefers_torchruns_variables_to_the_schedulers() -> None:

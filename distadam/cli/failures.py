@@ -1,7 +1,7 @@
 """Which rank failed first, and why: the end of a ``distadam launch`` that went wrong."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -39,10 +39,20 @@ def sort_failures(failures: Mapping[int, ProcessFailure]) -> list[RankFailure]:
     return sorted(found, key=lambda failure: (failure.time_s, failure.rank))
 
 
-def print_failures(console: Console, failures: list[RankFailure]) -> None:
-    """Print the first failure in full, then the others; what repeats the first is only counted."""
+def print_failures(console: Console, failures: list[RankFailure], phase_of: Callable[[int], str]) -> None:
+    """Print the first failure in full and what that rank had started last, then the others; repeats are only counted.
+
+    Args:
+        console: where to.
+        failures: the first to happen first.
+        phase_of: what a rank has noted (`distadam.comm.phase`).
+    """
     first, *others = failures
     _print_one(console, first, f"rank {first.rank} failed first", first.traceback)
+    phase = phase_of(first.rank)
+    if phase:
+        text = f"distadam launch: rank {first.rank} had last started: {phase}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     ended = [failure.rank for failure in others if failure.time_s == float("inf")]
     for other in others:
         if other.rank in ended:

@@ -1,6 +1,7 @@
 """``distadam launch``: torch's own launcher, with readable output and settings that suit CPU ranks."""
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -21,7 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from distadam.cli.failures import print_failures, sort_failures
 from distadam.cli.rank_output import PREFIX_TEMPLATE, RankLines
 from distadam.cli.wait_page import show_waits
-from distadam.engine.dumps import VARIABLE
+from distadam.comm import phase
+from distadam.engine import dumps
 
 __all__ = ["cpu_environment", "launch", "launch_here"]
 
@@ -66,10 +68,10 @@ def launch(
     script_args = args[1:] if args and args[0] == "--" else args or []
     num_local = _count_processes(nproc)
     _announce(console, num_local, nnodes)
-    with _log_folder(log_dir) as folder, _dump_folder() as dumps:
+    with _log_folder(log_dir) as folder, _dump_folder() as waits:
         config = _config(num_local, nnodes, node_rank, rdzv_endpoint, max_restarts, folder)
         command = ["-u", str(Path(__file__).with_name("worker.py")), *(["-m"] if module else []), script, *script_args]
-        code = _run(console, config, command, dumps, log_dir)
+        code = _run(console, config, command, Path(folder), waits, log_dir)
     if code and log_dir is not None:
         console.print(f"distadam launch: logs in {log_dir}", highlight=False)
     raise typer.Exit(code)
@@ -80,10 +82,10 @@ def launch_here(nproc: str, module: str, args: list[str]) -> int:
     console = Console(stderr=True)
     num_local = _count_processes(nproc)
     _announce(console, num_local, 1)
-    with _log_folder(None) as folder, _dump_folder() as dumps:
+    with _log_folder(None) as folder, _dump_folder() as waits:
         config = _config(num_local, 1, None, "", 0, folder)
         command = ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args]
-        return _run(console, config, command, dumps)
+        return _run(console, config, command, Path(folder), waits, None)
 
 
 def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
@@ -157,10 +159,24 @@ def _config(
     )
 
 
-def _run(console: Console, config: LaunchConfig, command: list[str], dumps: Path, log_dir: Path | None = None) -> int:
-    """Run the ranks to their end; return the exit code for this process."""
+def _run(
+    console: Console, config: LaunchConfig, command: list[str], folder: Path, waits: Path, log_dir: Path | None
+) -> int:
+    """Run the ranks to their end; return the exit code for this process.
+
+    Args:
+        console: for failures.
+        config: torchelastic's.
+        command: of a rank.
+        folder: where ranks note what they do.
+        waits: where they write where they stood when a collective failed.
+        log_dir: where the page about that is kept, too.
+    """
     _quiet_torchelastic()
-    os.environ[VARIABLE] = str(dumps)  # the ranks inherit it: Note [Dumps]
+    for stale in folder.glob("phase.*"):
+        stale.unlink()
+    os.environ[phase.VARIABLE] = str(folder)
+    os.environ[dumps.VARIABLE] = str(waits)  # the ranks inherit it: Note [Dumps]
     if config.max_restarts:
         os.environ.setdefault(_OWN_STORE, "1")  # Note [One store a round]
     output, errors = RankLines(sys.stdout), RankLines(sys.stderr)
@@ -171,8 +187,8 @@ def _run(console: Console, config: LaunchConfig, command: list[str], dumps: Path
     except ChildFailedError as error:
         _finish(output, errors)
         failures = sort_failures(error.failures)
-        print_failures(console, failures)
-        show_waits(console, dumps, log_dir)
+        print_failures(console, failures, functools.partial(phase.read, folder))
+        show_waits(console, waits, log_dir)
         return failures[0].exit_code
     except (SignalException, KeyboardInterrupt) as error:
         _finish(output, errors)

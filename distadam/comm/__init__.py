@@ -8,6 +8,7 @@ from distadam.comm.clock import Clock, Mark
 from distadam.comm.collectives import Collectives, CollectiveStats
 from distadam.comm.groups import Groups
 from distadam.comm.join import Join, Joinable, JoinHook
+from distadam.comm.mpi import register_mpi_backend
 from distadam.comm.start import RunInfo, init_process_group
 from distadam.comm.streams import DONE, Pending, Streams
 
@@ -28,4 +29,5 @@ __all__ = [
     "Streams",
     "broadcast_buffers",
     "init_process_group",
+    "register_mpi_backend",
 ]

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from distadam.comm.exchange import Exchange
 from distadam.comm.groups import Groups, count_call, silence_s
+from distadam.comm.phase import note
 from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
 from distadam.comm.streams import DONE, Pending, Streams, Work
 from distadam.errors import CommError
@@ -82,6 +83,7 @@ class Collectives:
     def _swap(self, value: Any, group: ProcessGroup | None, what: str) -> list[Any]:
         answers: list[Any] = [None] * dist.get_world_size(group)
         count_call(group)  # type: ignore[arg-type]
+        note(what)
         try:
             dist.all_gather_object(answers, value, group=group)
         except RuntimeError as error:
@@ -135,6 +137,8 @@ class Collectives:
             return "shared", "the ranks of the shard group are processes of one host"
         if backends == ["gloo"]:
             return "exchange", "gloo's own reduce-scatter sends twice the bytes"
+        if backends == ["mpi4py"]:
+            return "exchange", "MPI's own reduce-scatter adds up in an order of its own, and knows no 16-bit numbers"
         return "native", f"the backend of {device.type} tensors has its own"
 
     def landing_dtype(self, wire: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
@@ -255,6 +259,7 @@ class Collectives:
     def exchange(self, value: Any, what: str) -> list[Any]:
         """Return every rank's picklable ``value``, by rank of the grid (replicas major). Syncs: the host waits."""
         values = [value]
+        note(what)
         try:
             for group in (self.groups.shard_control, self.groups.replicate_control):
                 if group is not None:
@@ -282,6 +287,7 @@ class Collectives:
         label = f"{name} of {what} on rank {self.groups.rank} of {self.groups.num_ranks}"
         if group is not None:
             count_call(group)
+        note(label)
         try:
             work = call(*args, group=group, async_op=True)
         except RuntimeError as error:

@@ -32,7 +32,7 @@ SCRATCH_NBYTES = 16 << 20
 """Bytes of receive buffers that one optimizer takes at most, whatever it sends."""
 
 _ALIGN = 64
-_MAX_TAG = 1 << 30
+_MAX_TAG = 1 << 15  # MPI promises no more; so many chunks are never in flight
 
 _next_tag: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 

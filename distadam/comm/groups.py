@@ -3,10 +3,11 @@
 Note [Own groups]: an optimizer never communicates on the caller's group. Ranks may have launched different numbers of
 reductions when the caller issues a collective of its own (or another optimizer does); on a shared group those would be
 matched with each other. So each optimizer leases a pair of groups over the same ranks: ``data`` for gradients and
-parameters, ``control`` (gloo) for what hosts agree on, which must not be matched with reductions either and never waits
-for a device. Leases of dead optimizers are reused; ranks agree on one that is free everywhere, since garbage is not
-collected at the same time on all, and on which all ranks have issued equally many collectives: an optimizer that died
-after one rank's backward has left a reduction there that would be matched with its successor's first collective.
+parameters, ``control`` (gloo; over MPI: mpi4py) for what hosts agree on, which must not be matched with reductions
+either and never waits for a device. Leases of dead optimizers are reused; ranks agree on one that is free everywhere,
+since garbage is not collected at the same time on all, and on which all ranks have issued equally many collectives: an
+optimizer that died after one rank's backward has left a reduction there that would be matched with its successor's
+first collective.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from distadam.comm.mpi.process_group import NAME as MPI4PY
+from distadam.comm.mpi.process_group import MpiProcessGroup
 from distadam.errors import CommError, ConfigError
 from distadam.policies import ShardPolicy
 
@@ -175,10 +178,10 @@ def _lease(parent: ProcessGroup, timeout_s: float | None, owner: object) -> Leas
         return Lease(parent, parent, parent)
     known = _all_leases.get(parent)
     if known is None:
-        known = _all_leases[parent] = _Leases(_new_group(parent, "meeting", "gloo", timeout_s))
+        known = _all_leases[parent] = _Leases(_new_group(parent, "meeting", _control_backend(parent), timeout_s))
     timeout = _timeout(parent, timeout_s)
     if timeout is not None:
-        dist.distributed_c10d._set_pg_timeout(timeout, known.meeting)
+        _set_timeout(known.meeting, timeout)
     mine = [
         (index, _num_calls.get(lease.data, 0), _num_calls.get(lease.control, 0))
         for index, lease in known.leases.items()
@@ -195,7 +198,7 @@ def _lease(parent: ProcessGroup, timeout_s: float | None, owner: object) -> Leas
         known.leases[index] = Lease(
             parent,
             _new_group(parent, f"data {index}", str(config), timeout_s),
-            _new_group(parent, f"control {index}", "gloo", timeout_s),
+            _new_group(parent, f"control {index}", _control_backend(parent), timeout_s),
         )
         known.timeouts[index] = timeout_s
     known.taken.add(index)
@@ -216,6 +219,18 @@ def _timeout(parent: ProcessGroup, timeout_s: float | None) -> timedelta | None:
     backends = [parent._get_backend(device) for device in parent._device_types]
     timeouts = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
     return max(timeouts, default=None)
+
+
+def _control_backend(parent: ProcessGroup) -> str:
+    """Return the backend for what hosts agree on: where there is MPI, nothing else has to reach the peers."""
+    return MPI4PY if isinstance(parent, MpiProcessGroup) else "gloo"
+
+
+def _set_timeout(group: ProcessGroup, timeout: timedelta) -> None:
+    if isinstance(group, MpiProcessGroup):
+        group.set_timeout(timeout)
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _new_group(parent: ProcessGroup, role: str, backend: str, timeout_s: float | None) -> ProcessGroup:

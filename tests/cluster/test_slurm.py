@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +80,23 @@ def start_now(cluster: Cluster, job: str) -> None:
         return True
 
     until(asked, lambda: cluster.run("scontrol", "show", "job", job), 60)
+
+
+START = """
+import sys
+sys.modules["mpi4py"] = None  # srun sets MPI's variables too where it is set up for it
+import torch, torch.distributed as dist, distadam
+info = distadam.init_process_group(timeout_s=60.0)
+total = torch.ones(1)
+dist.all_reduce(total)
+print(f"{info}; sum {total.item():g}; again {distadam.init_process_group() == info}")
+"""
+
+
+def test_srun_alone_is_a_launcher(cluster):
+    """``srun python``, without torchrun in between; the virtual nodes' names stand for no address, so one is given."""
+    command = ["srun", "-N2", "-n2", "--export=ALL", sys.executable, "-c", START]
+    text = cluster.run(*command, MASTER_ADDR="127.0.0.1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    for rank in (0, 1):
+        where = f"rank {rank} of 2 (local rank 0), device cpu"
+        assert f"distadam: launcher Slurm, backend gloo, {where}; sum 2; again True" in text
