@@ -6,6 +6,7 @@
     python examples/train_gpt.py --reference --out runs/ref     # torch.optim in one process, on the same batches
     distadam launch --nproc 4 examples/train_gpt.py --resume runs/ck   # go on from the newest checkpoint, save there
     python examples/train_gpt.py --precision split+8bit         # bf16 parameters with 16 more bits, 8-bit moments
+    python examples/train_gpt.py --monitor 9100                 # http://127.0.0.1:9100/healthz and /metrics
 
 Every rank takes its part of the same global batch, so any number of ranks sees together what one process sees. The only
 lines that know about ranks are the ones that pick a rank's examples and the ones that average what is printed.
@@ -18,6 +19,7 @@ import sysconfig
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -381,7 +383,17 @@ def steps_to_do(options: argparse.Namespace, model: GPT, optimizer: Any, schedul
     yield from (done + 1 for done in loop)
 
 
-def train(options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log) -> None:
+def monitoring(options: argparse.Namespace, optimizer: Any, local_rank: int) -> Any:
+    """Return the monitor that ``--monitor`` asks for, one port for each rank of a host, or None."""
+    if options.monitor is None:
+        return nullcontext()
+    host, _, port = options.monitor.rpartition(":")
+    return distadam.diagnostics.monitor(
+        optimizer, host=host or "127.0.0.1", port=int(port) + local_rank, checkpoints=options.resume
+    )
+
+
+def train(options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log, monitor: Any) -> None:
     """The loop; nothing in it depends on the number of ranks."""
     schedule = build_schedule(optimizer, options.steps)
     clip = clipper(options, model, optimizer)
@@ -394,6 +406,8 @@ def train(options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batc
         optimizer.zero_grad()
         schedule.step()
         window.append(loss.detach())
+        if monitor is not None:
+            monitor.log(loss=loss, tokens=options.batch_size * options.seq_len // batches.world_size)
         last = step == options.steps
         if step % options.log_every and not last:
             continue
@@ -444,6 +458,11 @@ def parse_options() -> argparse.Namespace:
     add("--resume", type=Path, default=None, help="folder of checkpoints: go on from the newest there, and save there")
     add("--save-every", type=int, default=100, help="steps between checkpoints, with --resume")
     add("--precision", choices=PRECISIONS, default="fp32", help="parameters and master weights, + moments")
+    add(
+        "--monitor",
+        metavar="[HOST:]PORT",
+        help="health and metrics of local rank r at PORT + r, on loopback unless told",
+    )
     add("--reference", action="store_true", help="torch.optim in one process")
     return parser.parse_args()
 
@@ -455,6 +474,8 @@ def main() -> None:
         raise SystemExit(f"--reference runs in one process, not in {group.world_size}")
     if options.reference and options.resume:
         raise SystemExit("--resume needs distadam, not --reference")
+    if options.reference and options.monitor:
+        raise SystemExit("--monitor needs distadam, not --reference")
     if options.reference and options.precision != "fp32":
         raise SystemExit(f"--reference trains in fp32, not with --precision {options.precision}")
     if options.batch_size % group.world_size:
@@ -477,7 +498,8 @@ def main() -> None:
     log.console.print(f"{group}", soft_wrap=True)
     log.console.print(f"{label}; {numel / 1e6:.2f} M parameters, {len(texts[0]) / 1e6:.1f} MB of text to learn from")
     began = time.monotonic()
-    train(options, model, optimizer, batches, log)
+    with monitoring(options, optimizer, group.local_rank) as monitor:
+        train(options, model, optimizer, batches, log, monitor)
     finish(options, model, optimizer, log, label, time.monotonic() - began)
     if dist.is_initialized():
         dist.destroy_process_group()

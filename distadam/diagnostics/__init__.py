@@ -5,6 +5,7 @@ from distadam.diagnostics.beside_torch import Comparison, Difference, compare_wi
 from distadam.diagnostics.gradient_report import GradientReport, GradientRow
 from distadam.diagnostics.gradients import check_gradients
 from distadam.diagnostics.live_table import LiveTable
+from distadam.diagnostics.monitor import Monitor, monitor
 from distadam.diagnostics.prometheus import PrometheusSink
 from distadam.diagnostics.sinks import JsonlSink, Sink
 from distadam.diagnostics.tensorboard import TensorBoardSink
@@ -24,6 +25,7 @@ __all__ = [
     "GradientRow",
     "JsonlSink",
     "LiveTable",
+    "Monitor",
     "PrometheusSink",
     "Sink",
     "TensorBoardSink",
@@ -37,6 +39,7 @@ __all__ = [
     "check_updates",
     "compare_with_torch",
     "merge_traces",
+    "monitor",
     "timeline",
     "watch",
 ]
