@@ -23,7 +23,7 @@ napoleon_use_rtype = False
 
 
 def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Make literal blocks of indented paragraphs, which docstrings of this package use for code."""
+    """Make literal blocks of indented paragraphs, and of tables, as docstrings of this package have them."""
     before = ""
     marked = []
     for number, line in enumerate(lines):
@@ -32,7 +32,10 @@ def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
         deeper = paragraph and indent >= 4 and before and len(before) - len(before.lstrip()) == indent - 4
         if deeper and not before.endswith("::") and not before.lstrip().startswith((":", "..", ">>>")):
             marked += [" " * (indent - 4) + "::", ""]
-        marked.append(line)
+        table = line.lstrip().startswith("|")
+        if table and not before.lstrip().startswith("|"):
+            marked += ["", " " * indent + "::", ""]
+        marked.append(" " * 4 + line if table else line)
         before = line if line.strip() else before
     lines[:] = marked
 

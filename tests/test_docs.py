@@ -18,8 +18,8 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -158,7 +158,7 @@ def ask(program: str, words: list[str]) -> str | None:
 
         return torchrun_complaint(get_args_parser(), words)
     if program == "distadam":
-        return click_complaint(typer.main.get_command(app), words)
+        return command_line_complaint(typer.main.get_command(app), words)
     if program in ("mpirun", "mpiexec", "srun", "sbatch"):
         start = next((at for at, word in enumerate(words) if word.endswith(".py") or word.startswith("python")), None)
         return f"{program} starts nothing" if start is None else None
@@ -195,7 +195,7 @@ def torchrun_complaint(parser: argparse.ArgumentParser, words: list[str]) -> str
     return script_complaint(words[at:])
 
 
-def click_complaint(command: click.Command, words: list[str]) -> str | None:
+def command_line_complaint(command: Any, words: list[str]) -> str | None:
     """Follow a command line through the commands that there are."""
     options = {text: option for option in command.params for text in [*option.opts, *option.secondary_opts]}
     at = 0
@@ -210,9 +210,13 @@ def click_complaint(command: click.Command, words: list[str]) -> str | None:
                 return ask(words[at + 1], words[at + 2 :])
             at += 2 if takes_one else 1
             continue
-        if isinstance(command, click.Group):
+        if hasattr(command, "commands"):
             found = command.commands.get(word)
-            return f"{command.name} has no command {word}" if found is None else click_complaint(found, words[at + 1 :])
+            return (
+                f"{command.name} has no command {word}"
+                if found is None
+                else command_line_complaint(found, words[at + 1 :])
+            )
         if command.name == "launch":
             return script_complaint(words[at:])
         at += 1
