@@ -26,7 +26,8 @@ import typer
 from distadam.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = ROOT / "docs/cli.md"  # by make docs, from the commands' own help
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {GENERATED})]
 NOT_CODE = {"text", "json", "yaml", "{toctree}", "{eval-rst}"}
 YOURS = {"script.py", "train.py"}  # the reader's own files
 FENCE = re.compile(r"^( *)(```+)([^\n`]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
@@ -296,8 +297,7 @@ def broken_links(page: Path, text: str) -> list[str]:
         if re.match(r"[a-z]+:", target):
             continue
         file = page if not path else page.parent / path
-        generated = file == ROOT / "docs/cli.md"  # by make docs
-        if not generated and (not file.exists() or (anchor and anchor not in anchors(file))):
+        if file != GENERATED and (not file.exists() or (anchor and anchor not in anchors(file))):
             broken.append(target)
     return broken + [path for path in QUOTED_FILE.findall(text) if not (ROOT / path).exists()]
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -432,11 +433,23 @@ def test_dashboard_asks_for_metrics_that_there_are(tmp_path):
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
-def test_kubernetes_probes_ask_the_port_that_the_script_is_given():
+def test_kubernetes_probe_fails_when_training_stalls_and_not_while_nobody_answers():
     text = (ROOT / "launch/kubernetes.yaml").read_text()
     port = re.search(r"--monitor=0\.0\.0\.0:(\d+)", text)
+    code = re.search(r"- -ISc\n +- \|\n((?: {18}.*\n)+)", text)
     assert port is not None
-    assert text.count("path: /healthz") == 2
+    assert code is not None
     assert f"containerPort: {port[1]}" in text
-    assert len(re.findall(r"httpGet: \{path: /healthz, port: metrics\}", text)) == 2
     assert f'prometheus.io/port: "{port[1]}"' in text
+
+    def probe(at: int) -> int:
+        command = textwrap.dedent(code[1]).replace(f":{port[1]}/healthz", f":{at}/healthz")
+        assert f":{at}/healthz" in command
+        return subprocess.run([sys.executable, "-ISc", command], stderr=subprocess.DEVNULL).returncode
+
+    _, optimizer = build()
+    with diagnostics.monitor(optimizer, port=0, stall_s=100) as monitor:
+        assert probe(monitor.port) == 0
+        monitor._answering.beat(0, time.monotonic() - 101)
+        assert probe(monitor.port) == 1
+    assert probe(monitor.port) == 0
