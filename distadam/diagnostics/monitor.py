@@ -58,7 +58,8 @@ def monitor(
         MissingDependency: without the prometheus-client package.
         UsageError: with ``times``, somebody observes the optimizer's times already.
 
-    Collective: no; every rank, or only some. Syncs: on the CPU never; numbers on CUDA are read once a copy has arrived.
+    Collective: no; every rank, or only some. Syncs: on the CPU at a renewal, for the all-reduce of the gradient norm;
+    numbers on CUDA are read once a copy has arrived.
     """
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"monitor expected an optimizer of distadam but got {type(optimizer).__name__}.")
