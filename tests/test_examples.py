@@ -5,12 +5,16 @@ a gradient, which training multiplies; 30 steps at these sizes give differences 
 averaged, or ranks that see the wrong examples, move the curve by more than 1e-2. The bound is 1e-4.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import ModuleType
 
@@ -256,3 +260,33 @@ def test_train_gpt_resumes_with_the_curve_of_a_run_that_never_stopped(reference,
         p["step"]: p["loss"] for p in map(json.loads, (tmp_path / "out" / "curve.jsonl").read_text().splitlines())
     }
     assert [points[step] for step in sorted(points)] == pytest.approx(curve(reference("adamw"), "loss"), abs=1e-4)
+
+
+@pytest.mark.long
+def test_train_gpt_is_monitored_on_a_port_for_each_rank(tmp_path):
+    pytest.importorskip("prometheus_client")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    sizes = [str(part) for option in (SIZES | {"--steps": 100_000}).items() for part in option]
+    script = ["examples/train_gpt.py", *sizes, "--out", str(tmp_path), "--monitor", str(port)]
+    command = [sys.executable, "-m", "distadam", "launch", "--nproc", "2", *script]
+    env = {"OMP_NUM_THREADS": "1"} | dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    steps = {}
+    try:
+        deadline = time.monotonic() + 150
+        while len(steps) < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.2)
+            for rank in range(2):
+                with contextlib.suppress(OSError):
+                    found = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/healthz", timeout=5))
+                    assert (found["rank"], found["status"]) == (rank, "ok")
+                    if found["step"] > 1:
+                        steps[rank] = found["step"]
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port + 1}/metrics", timeout=5).read().decode()
+        assert 'distadam_step{rank="1"}' in text
+    finally:
+        process.terminate()
+        process.wait(60)

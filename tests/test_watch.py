@@ -303,12 +303,3 @@ def watches_differently(rank: int) -> str:
 def test_watching_differently_is_an_error_on_every_rank():
     for text in run_ranks(2, watches_differently):
         assert "a check of distadam.diagnostics" in text
-
-
-def test_page_of_documentation_runs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(part.split("```")[0] for part in page.split("```python\n")[1:])
-    exec(compile(code, "inspect.md", "exec"), {})
-    assert "5 steps as torch.optim" in capsys.readouterr().out
-    assert len((tmp_path / "runs/inspect/rank-0.jsonl").read_text().splitlines()) == 23

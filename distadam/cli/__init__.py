@@ -3,8 +3,11 @@
 The commands are a face on the package: they may import it, nothing in it imports them.
 """
 
+from typing import Annotated
+
 import typer
 
+from distadam import __version__
 from distadam.cli.bench import bench
 from distadam.cli.checkpoint import app as checkpoint
 from distadam.cli.doctor import doctor
@@ -22,8 +25,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"distadam {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Train with optimizer state sharded over data-parallel processes."""
 
 

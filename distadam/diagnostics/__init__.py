@@ -5,6 +5,7 @@ from distadam.diagnostics.beside_torch import Comparison, Difference, compare_wi
 from distadam.diagnostics.gradient_report import GradientReport, GradientRow
 from distadam.diagnostics.gradients import check_gradients
 from distadam.diagnostics.live_table import LiveTable
+from distadam.diagnostics.monitor import Monitor, monitor
 from distadam.diagnostics.prometheus import PrometheusSink
 from distadam.diagnostics.ranks import RankCheck, check_ranks
 from distadam.diagnostics.sinks import JsonlSink, Sink
@@ -25,6 +26,7 @@ __all__ = [
     "GradientRow",
     "JsonlSink",
     "LiveTable",
+    "Monitor",
     "PrometheusSink",
     "RankCheck",
     "Sink",
@@ -40,6 +42,7 @@ __all__ = [
     "check_updates",
     "compare_with_torch",
     "merge_traces",
+    "monitor",
     "timeline",
     "watch",
 ]
