@@ -59,8 +59,8 @@ test: setup ## Lint, types and all tests; each runs even when one before it fail
 lint: setup ## Style: ruff, and shellcheck where it is installed.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@bash -n launch/*.sh launch/*.sbatch .ci/run
-	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch .ci/run; else echo "shellcheck: not installed, skipped"; fi
+	@bash -n launch/*.sh launch/*.sbatch docker/*.sh .ci/run
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch docker/*.sh .ci/run; else echo "shellcheck: not installed, skipped"; fi
 
 types: setup ## mypy, strict, on the package.
 	@$(BIN)/mypy
@@ -74,11 +74,16 @@ test-long: setup ## What `make test` leaves out for time: three ranks and more, 
 test-slow: setup ## Every pair of rank counts with every rule and storage, 50 killed saves; half an hour on two cores.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-test-cluster: test-mpi ## MPI jobs, and a real Slurm of virtual nodes; as root it installs what is missing from Debian.
-	@if ! { command -v slurmctld && command -v munged; } >/dev/null; then \
+CLUSTER_PROGRAMS := slurmctld munged dockerd docker-compose debootstrap tc
+CLUSTER_PACKAGES := slurm-wlm munge docker.io docker-compose debootstrap iproute2
+
+test-cluster: test-mpi ## MPI, Slurm, Docker and cut networks, for real; as root it installs what is missing from Debian.
+	@missing=""; for program in $(CLUSTER_PROGRAMS); do command -v $$program >/dev/null || missing+=" $$program"; done; \
+	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
-	  else echo "test-cluster: missing slurm-wlm and munge (Debian's packages), or root to install them"; exit 1; fi; fi
+	    echo "test-cluster: installing $(CLUSTER_PACKAGES)"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES); \
+	  else echo "test-cluster: missing$$missing ($(CLUSTER_PACKAGES), Debian's packages), or root to install them"; exit 1; fi; fi
 	@$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 # Their wheels overwrite each other's mpiexec, so each MPI has an environment; they borrow torch from .venv by a .pth file.

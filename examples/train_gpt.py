@@ -337,7 +337,7 @@ def plot_curves(folders: list[Path], target: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return "no picture of the curves: matplotlib is missing (pip install distadam[plot])"
+        return "no picture of the curves: matplotlib is missing (pip install 'distadam\\[plot]')"
     matplotlib.use("agg")
     from matplotlib import pyplot
 

@@ -4,7 +4,8 @@ The loss is linear in the weights and inputs are small integers, so gradients su
 numbers of ranks have the same weights, runs on as many have the same losses, bit by bit.
 
 As a script (``python -m tests.elastic_runs FOLDER``) it is what torchrun starts again and again: where the environment
-says ``VICTIM``, it kills itself, and the agent above it, at step ``KILL_AT`` of its first life.
+says ``VICTIM``, it kills itself, and the agent above it, at step ``KILL_AT`` of its first life. ``TIMEOUT_S`` is a
+collective's, ``PAUSE`` seconds a step takes.
 """
 
 import itertools
@@ -89,14 +90,14 @@ def expected_reads() -> dict[int, list[int]]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    group = distadam.init_process_group(timeout_s=60)
+    group = distadam.init_process_group(timeout_s=float(os.environ.get("TIMEOUT_S", "60")))
     resumed = (folder / "checkpoints").exists()
     if resumed and group.rank == 0:  # for a run that starts from the same moment and is not interrupted
         shutil.rmtree(folder / f"found.{group.world_size}", ignore_errors=True)
         shutil.copytree(folder / "checkpoints", folder / f"found.{group.world_size}" / "checkpoints")
     dist.barrier()
     kill = (group.rank, KILL_AT) if "VICTIM" in os.environ and not resumed else None
-    weights = loop(group.rank, str(folder), kill, pause=0.01, kill_agent=True)
+    weights = loop(group.rank, str(folder), kill, pause=float(os.environ.get("PAUSE", "0.01")), kill_agent=True)
     (folder / f"weights.{group.world_size}.{group.rank}.json").write_text(json.dumps(weights))
     dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -100,3 +101,39 @@ def test_srun_alone_is_a_launcher(cluster):
     for rank in (0, 1):
         where = f"rank {rank} of 2 (local rank 0), device cpu"
         assert f"distadam: launcher Slurm, backend gloo, {where}; sum 2; again True" in text
+
+
+STEPS = 60
+
+
+def test_training_is_saved_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(cluster, tmp_path):
+    output, options = tmp_path / "job.out", ["--steps", str(STEPS), "--eval-every", str(STEPS)]
+
+    def said() -> str:
+        return output.read_text() if output.exists() else ""
+
+    def points() -> list[dict[str, float]]:
+        path = tmp_path / "run" / "curve.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    script = [str(ROOT / "launch/slurm.sbatch"), str(ROOT / "examples/train_gpt.py"), *options]
+    script += ["--out", str(tmp_path / "run"), "--resume", str(tmp_path / "checkpoints"), "--log-every", "1"]
+    command = ["sbatch", "--parsable", f"--output={output}", f"--chdir={tmp_path}", *script]
+    job = cluster.run(*command, PYTHON=sys.executable, NPROC="1", MASTER_ADDR="127.0.0.1", SAVE_S="60").strip()
+    until(lambda: len(points()) >= 5, said)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: cluster.state(job) == "PENDING", said, 90)
+    reached = points()[-1]["step"]
+    assert 5 <= reached < STEPS
+    assert [int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir()] == [reached]
+    start_now(cluster, job)
+    until(lambda: cluster.state(job) == "COMPLETED", said)
+    assert f"job {job}, start 2, nodes n[1-2]" in said()
+    assert [point["step"] for point in points()] == list(range(1, STEPS + 1))
+
+    whole = [sys.executable, str(ROOT / "examples/train_gpt.py"), *options, "--out", str(tmp_path / "whole")]
+    done = subprocess.run(whole, env=cluster.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, expected = (json.loads((tmp_path / run / "run.json").read_text()) for run in ("run", "whole"))
+    # The same batches; two ranks add in another order, over 60 steps.
+    assert found["val_bits_per_byte"] == pytest.approx(expected["val_bits_per_byte"], rel=2e-3)

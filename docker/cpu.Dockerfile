@@ -1,0 +1,26 @@
+# distadam on CPU. Files only, no network:
+#
+#   docker/wheels.sh && docker build -f docker/cpu.Dockerfile -t distadam:cpu .
+#
+# BASE is any image with Python 3.10 or newer (with venv in the first stage); pin it by digest for builds that repeat.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+COPY docker/wheels /wheels
+RUN python3 -m venv /opt/distadam \
+ && /opt/distadam/bin/python -m pip install --no-cache-dir --no-index --find-links /wheels "distadam[prometheus]" numpy \
+ && /opt/distadam/bin/python -m pip uninstall --yes --quiet pip \
+ && find /opt/distadam -name __pycache__ -type d -prune -exec rm -rf {} +
+
+FROM ${BASE}
+# What training writes belongs to user 1000; nothing runs as root. Checkpoints come on a volume.
+RUN useradd --uid 1000 --create-home distadam && install -d -o distadam -g distadam /checkpoints /work
+COPY --from=build /opt/distadam /opt/distadam
+COPY --chown=distadam:distadam examples /work/examples
+ENV PATH=/opt/distadam/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
+# As `distadam launch` sets them: gradients keep their memory from step to step.
+ENV MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
+USER distadam
+WORKDIR /work
+VOLUME /checkpoints
+CMD ["distadam", "doctor"]
