@@ -260,6 +260,7 @@ def test_commands_that_do_not_exist_are_noticed(command, expected):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_tutorial_runs_as_it_says(tmp_path):
     page = ROOT / "docs/tutorial.md"
     found = blocks(page)
@@ -313,6 +314,7 @@ def test_broken_links_are_noticed():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="make docs installs it")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dirhtml", "docs", str(tmp_path)]
