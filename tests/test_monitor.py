@@ -209,7 +209,7 @@ def send(monitor: diagnostics.Monitor, request: bytes) -> str:
             return "reset"
 
 
-@pytest.mark.parametrize(("request_bytes", "expected"), GARBAGE, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(("request_bytes", "expected"), GARBAGE, ids=[repr(sent)[:30] for sent, _ in GARBAGE])
 def test_garbage_is_refused_and_survived(answering, request_bytes, expected):
     assert send(answering, request_bytes) in expected
     assert get(f"{answering.url}/healthz")[0] == 200
