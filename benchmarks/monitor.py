@@ -16,6 +16,7 @@ One process trains on one thread; the client and the answering process have what
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -90,7 +91,9 @@ def timed(model: Any, optimizer: Any, batches: Any, log: Any) -> tuple[float, fl
     return watch.block(model, optimizer, batches, log), time.thread_time() - cpu_s
 
 
-def measure(rounds: int, rate: float) -> tuple[list[dict[str, tuple[float, float]]], list[dict[str, float]]]:
+def measure(
+    rounds: int, rate: float, seconds: float
+) -> tuple[list[dict[str, tuple[float, float]]], list[dict[str, float]]]:
     model, optimizer, batches = watch.build()
     elsewhere = diagnostics.monitor(watch.build()[1], port=0)
     floods: list[dict[str, float]] = []
@@ -116,7 +119,10 @@ def measure(rounds: int, rate: float) -> tuple[list[dict[str, tuple[float, float
     floods.clear()
     order = random.Random(0)
     taken = []
+    deadline = time.monotonic() + seconds
     for number in range(rounds):
+        if number > 2 and time.monotonic() > deadline:
+            break
         print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
         taken.append({arm: run(arm) for arm in order.sample(ARMS, len(ARMS))})
     elsewhere.close()
@@ -127,15 +133,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--block", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after so many")
     parser.add_argument("--rate", type=float, default=1000.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     watch.BLOCK = options.block
-    taken, floods = measure(options.rounds, options.rate)
+    taken, floods = measure(options.rounds, options.rate, options.seconds)
     about = (
         f"GPT of 4 layers, width 128, 8 x 128 bytes a step, fp32, one thread; torch {torch.__version__}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {options.rounds} rounds of "
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {len(taken)} rounds of "
         f"{options.block} steps an arm"
     )
     rates = [flood["rate"] for flood in floods]
