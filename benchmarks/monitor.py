@@ -1,8 +1,8 @@
 """What `diagnostics.monitor` and a flood of scrapes cost a step, on the GPT of examples/train_gpt.py.
 
-    python benchmarks/monitor.py [--rounds 12] [--rate 1000] [--out benchmarks/results]
+    python benchmarks/monitor.py [--rounds 12] [--block 10] [--rate 1000] [--out benchmarks/results]
 
-Each round trains four blocks of 10 steps, in an order that changes from round to round:
+Each round trains four blocks of steps, in an order that changes from round to round:
 
     alone      no monitor
     monitored  a monitor, nobody asks
@@ -16,6 +16,7 @@ One process trains on one thread; the client and the answering process have what
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -30,7 +31,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from watch import BLOCK, block, build
+
+import watch
 
 from distadam import diagnostics
 
@@ -86,12 +88,14 @@ class Flood:
 
 def timed(model: Any, optimizer: Any, batches: Any, log: Any) -> tuple[float, float]:
     cpu_s = time.thread_time()
-    return block(model, optimizer, batches, log), time.thread_time() - cpu_s
+    return watch.block(model, optimizer, batches, log), time.thread_time() - cpu_s
 
 
-def measure(rounds: int, rate: float) -> tuple[list[dict[str, tuple[float, float]]], list[dict[str, float]]]:
-    model, optimizer, batches = build()
-    elsewhere = diagnostics.monitor(build()[1], port=0)
+def measure(
+    rounds: int, rate: float, seconds: float
+) -> tuple[list[dict[str, tuple[float, float]]], list[dict[str, float]]]:
+    model, optimizer, batches = watch.build()
+    elsewhere = diagnostics.monitor(watch.build()[1], port=0)
     floods: list[dict[str, float]] = []
 
     def run(arm: str) -> tuple[float, float]:
@@ -115,7 +119,11 @@ def measure(rounds: int, rate: float) -> tuple[list[dict[str, tuple[float, float
     floods.clear()
     order = random.Random(0)
     taken = []
-    for _ in range(rounds):
+    deadline = time.monotonic() + seconds
+    for number in range(rounds):
+        if number > 2 and time.monotonic() > deadline:
+            break
+        print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
         taken.append({arm: run(arm) for arm in order.sample(ARMS, len(ARMS))})
     elsewhere.close()
     return taken, floods
@@ -124,19 +132,22 @@ def measure(rounds: int, rate: float) -> tuple[list[dict[str, tuple[float, float
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--block", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after so many")
     parser.add_argument("--rate", type=float, default=1000.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    taken, floods = measure(options.rounds, options.rate)
+    watch.BLOCK = options.block
+    taken, floods = measure(options.rounds, options.rate, options.seconds)
     about = (
         f"GPT of 4 layers, width 128, 8 x 128 bytes a step, fp32, one thread; torch {torch.__version__}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {options.rounds} rounds of "
-        f"{BLOCK} steps an arm"
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {len(taken)} rounds of "
+        f"{options.block} steps an arm"
     )
     rates = [flood["rate"] for flood in floods]
     answers, wrong = (int(sum(flood[key] for flood in floods)) for key in ("answers", "wrong"))
-    step_ms = {arm: 1e3 * statistics.median(round_[arm][0] for round_ in taken) / BLOCK for arm in ARMS}
+    step_ms = {arm: 1e3 * statistics.median(round_[arm][0] for round_ in taken) / options.block for arm in ARMS}
     lines = [
         f"{about}.",
         "",

@@ -428,7 +428,11 @@ def monitoring(options: argparse.Namespace, optimizer: Any, local_rank: int) -> 
         return nullcontext()
     host, _, port = options.monitor.rpartition(":")
     return distadam.diagnostics.monitor(
-        optimizer, host=host or "127.0.0.1", port=int(port) + local_rank, checkpoints=options.resume
+        optimizer,
+        host=host or "127.0.0.1",
+        port=int(port) + local_rank,
+        checkpoints=options.resume,
+        times=not options.watch_every,  # its timeline is the one that an optimizer can have
     )
 
 
