@@ -337,7 +337,7 @@ def plot_curves(folders: list[Path], target: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return "no picture of the curves: matplotlib is missing (pip install 'distadam\\[plot]')"
+        return "no picture of the curves: matplotlib is missing (pip install distadam[plot])"
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -483,7 +483,8 @@ def finish(options: argparse.Namespace, model: GPT, optimizer: Any, log: Log, la
     run = {"label": label, **scores, "bytes": numbers, "settings": settings}
     (options.out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     (options.out / "sample.txt").write_text(sample + "\n")
-    log.console.print(plot_curves([*options.plot_with, options.out], options.out / "curve.png"), soft_wrap=True)
+    said = plot_curves([*options.plot_with, options.out], options.out / "curve.png")
+    log.console.print(said, soft_wrap=True, markup=False)
 
 
 def parse_options() -> argparse.Namespace:
