@@ -69,7 +69,7 @@ tests: setup ## The test suite alone; PYTEST_ARGS="-k launch" narrows it.
 	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 test-long: setup ## What `make test` leaves out for time: three ranks and more, compiled kernels, long examples.
-	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "long and not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "long and not slow and not mpi" $(PYTEST_ARGS)
 
 test-slow: setup ## Every pair of rank counts with every rule and storage, 50 killed saves; half an hour on two cores.
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -95,8 +95,8 @@ $(MPIS_READY): $(READY)
 	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check mpi4py $(patsubst .venv-%/,%,$(dir $@))
 	@touch $@
 
-test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec, on 1, 2, 3 and 5 ranks of MPICH and of Open MPI.
-	@$(BIN)/python -m pytest -m mpi $(PYTEST_ARGS)
+test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec, on 1, 2, 3, 5 ranks of two MPIs; PYTEST_ARGS="-m mpi" for every fault.
+	@$(BIN)/python -m pytest -m "mpi and not long" $(PYTEST_ARGS)
 
 # The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.
 $(PEERS_READY): $(READY)

@@ -95,6 +95,7 @@ def test_collective_names_the_rank_that_does_not_come(implementation, how, words
         assert f"did not finish within {TIMEOUT_S:g} s: rank {LOST} is {words}" in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "words"), [("stopped", "dead, stopped or busy"), ("late", "alive but has not sent")])
 def test_receive_names_the_peer(implementation, how, words):
     ended = mpiexec(implementation, 3, "-m", "tests.mpi.faults", "receive", how)
@@ -102,6 +103,7 @@ def test_receive_names_the_peer(implementation, how, words):
     assert re.search(rf"receive from rank {LOST} \(tag 0\) on rank 0 .* rank {LOST} is {words}", caught(ended, 0))
 
 
+@pytest.mark.long
 def test_new_group_names_the_rank_that_does_not_come(implementation):
     ended = mpiexec(implementation, 3, "-m", "tests.mpi.faults", "group", "late")
     assert ended.code != 0
@@ -109,6 +111,7 @@ def test_new_group_names_the_rank_that_does_not_come(implementation):
         assert f"was not made on rank {rank} within {TIMEOUT_S:g} s: ranks [{LOST}] did not come" in caught(ended, rank)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reduce", ["exchange", "shared", "native"])
 @pytest.mark.parametrize("phase", ["backward", "agree", "gather"])
 def test_stopped_rank_is_a_comm_error_on_the_others(implementation, phase, reduce):
@@ -122,6 +125,7 @@ def test_stopped_rank_is_a_comm_error_on_the_others(implementation, phase, reduc
         assert re.search(rf"rank {LOST}\b", text.replace(f"on rank {rank}", "")), text
 
 
+@pytest.mark.long
 def test_uncaught_exception_ends_the_job_at_once(implementation):
     ended = mpiexec(implementation, 3, "-m", "tests.mpi.faults", "all-reduce", "exception", timeout_s=60)
     assert ended.code != 0
