@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def measure(
             floods.append(flood.said)
             return seconds
         with diagnostics.monitor(optimizer, port=0) as monitor:
+            urllib.request.urlopen(f"{monitor.url}/healthz").close()  # its process has started
             if arm == "monitored":
                 return timed(model, optimizer, batches, monitor)
             with Flood(monitor.port, rate) as flood:

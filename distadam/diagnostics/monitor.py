@@ -132,7 +132,7 @@ class Monitor:
         self._closed = False
         self._hook = optimizer.register_step_post_hook(self._end_step)
         self.beat()
-        self._show()
+        self._take()
 
     def __enter__(self) -> Monitor:
         return self
@@ -200,12 +200,13 @@ class Monitor:
             "time": time.time(),
             "step": self.step,
             "rank": self._rank,
-            "step_s": (now - before_s) / max(1, self.step - step_before),
             "parts": dict(self._parts.last),
             "lr": {},
             "sent_bytes": dict(stats.payload_nbytes),
             "memory": dict(self._optimizer.memory_report().nbytes),
         }
+        if self.step > step_before:
+            record["step_s"] = (now - before_s) / (self.step - step_before)
         if self._tokens is not None:
             record["tokens_per_s"] = self._tokens / (now - before_s)
             self._tokens = 0
