@@ -194,6 +194,7 @@ def test_train_gpt_learns_as_torch_does(optimizer, start, reference, tmp_path):
     assert not re.search(r"^\[1\]", printed, re.MULTILINE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", [one, pytest.param(launched, marks=LONG)])
 def test_train_gpt_writes_what_report_reads(start, tmp_path):
     out = ["--out", str(tmp_path / "out"), "--resume", str(tmp_path / "checkpoints"), "--save-every", "4"]
