@@ -75,7 +75,7 @@ test-slow: setup ## Every pair of rank counts with every rule and storage, 50 ki
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 CLUSTER_PROGRAMS := slurmctld munged dockerd docker-compose debootstrap tc
-CLUSTER_PACKAGES := slurm-wlm munge docker.io docker-compose debootstrap iproute2
+CLUSTER_PACKAGES := slurm-wlm munge docker.io docker-compose cgroupfs-mount apparmor iptables debootstrap iproute2
 
 test-cluster: test-mpi ## MPI, Slurm, Docker and cut networks, for real; as root it installs what is missing from Debian.
 	@missing=""; for program in $(CLUSTER_PROGRAMS); do command -v $$program >/dev/null || missing+=" $$program"; done; \

@@ -52,6 +52,10 @@ def run(*command: str, timeout_s: float = 900.0, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+class EngineRefused(RuntimeError):
+    """dockerd does not start on this host: no control groups, no overlay, no right to change the network."""
+
+
 class Engine:
     """A running daemon: the host's, or one that is started here and ended with the block."""
 
@@ -60,7 +64,7 @@ class Engine:
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Engine:
-        if not self._answers():
+        if self._daemon is None and not self._answers():
             with open(self._folder / "dockerd.log", "wb") as log:
                 settings = {**os.environ, "PATH": f"{_PATH}:{os.environ['PATH']}"}
                 self._daemon = subprocess.Popen(
@@ -70,7 +74,7 @@ class Engine:
             while not self._answers():
                 if self._daemon.poll() is not None or time.monotonic() > ends:
                     self.__exit__()
-                    raise RuntimeError(f"dockerd: {(self._folder / 'dockerd.log').read_text()[-3000:]}")
+                    raise EngineRefused(f"dockerd: {(self._folder / 'dockerd.log').read_text()[-3000:]}")
                 time.sleep(0.5)
         return self
 
