@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -77,11 +78,11 @@ class Hosts:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         settings = {name: value for name, value in os.environ.items() if name not in names}
         settings |= {"PATH": _PATH, "PYTHONPATH": str(ROOT), **environment}
-        into = None if log is None else log.open("w")
         whole = ["ip", "netns", "exec", self._names[index], *command]
-        return subprocess.Popen(
-            whole, env=settings, cwd=ROOT, stdout=into, stderr=into, text=True, start_new_session=True
-        )
+        with nullcontext() if log is None else log.open("w") as into:
+            return subprocess.Popen(
+                whole, env=settings, cwd=ROOT, stdout=into, stderr=into, text=True, start_new_session=True
+            )
 
     def torchrun(self, index: int, log: Path, nnodes: str, *script: str, **environment: str) -> subprocess.Popen[str]:
         """Start torchrun on a host, one rank; the agents meet on the first host."""
