@@ -7,7 +7,7 @@
     distadam launch --nproc 4 examples/train_gpt.py --resume runs/ck   # go on from the newest checkpoint, save there
     python examples/train_gpt.py --precision split+8bit         # bf16 parameters with 16 more bits, 8-bit moments
     python examples/train_gpt.py --watch-every 10 && distadam report runs/train_gpt   # what happened, as one page
-    python examples/train_gpt.py --monitor 9100                 # http://127.0.0.1:9100/healthz and /metrics
+    python examples/train_gpt.py --metrics 9100                 # http://127.0.0.1:9100/healthz and /metrics
 
 Every rank takes its part of the same global batch, so any number of ranks sees together what one process sees. The only
 lines that know about ranks are the ones that pick a rank's examples and the ones that average what is printed.
@@ -423,10 +423,10 @@ def steps_to_do(
 
 
 def monitoring(options: argparse.Namespace, optimizer: Any, local_rank: int) -> Any:
-    """Return the monitor that ``--monitor`` asks for, one port for each rank of a host, or None."""
-    if options.monitor is None:
+    """Return the monitor that ``--metrics`` asks for, one port for each rank of a host, or None."""
+    if options.metrics is None:
         return nullcontext()
-    host, _, port = options.monitor.rpartition(":")
+    host, _, port = options.metrics.rpartition(":")
     return distadam.diagnostics.monitor(
         optimizer,
         host=host or "127.0.0.1",
@@ -510,7 +510,7 @@ def parse_options() -> argparse.Namespace:
     add("--watch-every", type=int, default=0, help="record steps, and so often parameters, for `distadam report OUT`")
     add("--precision", choices=PRECISIONS, default="fp32", help="parameters and master weights, + moments")
     add(
-        "--monitor",
+        "--metrics",
         metavar="[HOST:]PORT",
         help="health and metrics of local rank r at PORT + r, on loopback unless told",
     )
@@ -527,8 +527,8 @@ def main() -> None:
         raise SystemExit("--resume needs distadam, not --reference")
     if options.reference and options.watch_every:
         raise SystemExit("--watch-every needs distadam, not --reference")
-    if options.reference and options.monitor:
-        raise SystemExit("--monitor needs distadam, not --reference")
+    if options.reference and options.metrics:
+        raise SystemExit("--metrics needs distadam, not --reference")
     if options.reference and options.precision != "fp32":
         raise SystemExit(f"--reference trains in fp32, not with --precision {options.precision}")
     if options.batch_size % group.world_size:

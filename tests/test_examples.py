@@ -269,7 +269,7 @@ def test_train_gpt_is_monitored_on_a_port_for_each_rank(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     sizes = [str(part) for option in (SIZES | {"--steps": 100_000}).items() for part in option]
-    script = ["examples/train_gpt.py", *sizes, "--out", str(tmp_path), "--monitor", str(port)]
+    script = ["examples/train_gpt.py", *sizes, "--out", str(tmp_path), "--metrics", str(port)]
     command = [sys.executable, "-m", "distadam", "launch", "--nproc", "2", *script]
     env = {"OMP_NUM_THREADS": "1"} | dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -435,7 +435,7 @@ def test_dashboard_asks_for_metrics_that_there_are(tmp_path):
 
 def test_kubernetes_probe_fails_when_training_stalls_and_not_while_nobody_answers():
     text = (ROOT / "launch/kubernetes.yaml").read_text()
-    port = re.search(r"--monitor=0\.0\.0\.0:(\d+)", text)
+    port = re.search(r"--metrics=0\.0\.0\.0:(\d+)", text)
     code = re.search(r"- -ISc\n +- \|\n((?: {18}.*\n)+)", text)
     assert port is not None
     assert code is not None

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Cluster, missing
-from tests.mpi import environments
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,13 +106,7 @@ def test_srun_alone_is_a_launcher(cluster):
 STEPS = 60
 
 
-@pytest.mark.parametrize("script_name", ["slurm.sbatch", "slurm_mpi.sbatch"])
-def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(cluster, tmp_path, script_name):
-    python = sys.executable
-    if script_name == "slurm_mpi.sbatch":
-        if environments.missing("mpich"):
-            pytest.skip(environments.missing("mpich"))
-        python = str(environments.folder("mpich") / "python")
+def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(cluster, tmp_path):
     output, options = tmp_path / "job.out", ["--steps", str(STEPS), "--eval-every", str(STEPS)]
 
     def said() -> str:
@@ -123,13 +116,19 @@ def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stop
         path = tmp_path / "run" / "curve.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    script = [str(ROOT / "launch" / script_name), str(ROOT / "examples/train_gpt.py"), *options]
+    script = [str(ROOT / "launch/slurm.sbatch"), str(ROOT / "examples/train_gpt.py"), *options]
     script += ["--out", str(tmp_path / "run"), "--resume", str(tmp_path / "checkpoints"), "--log-every", "1"]
     command = ["sbatch", "--parsable", f"--output={output}", f"--chdir={tmp_path}", *script]
-    settings = {"PYTHON": python, "PYTHONPATH": str(ROOT), "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "SAVE_S": "60"}
+    settings = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "NPROC": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "SAVE_S": "60",
+    }
     job = cluster.run(*command, **settings).strip()
     until(lambda: len(points()) >= 5, said)
-    assert ("backend mpi4py" if script_name == "slurm_mpi.sbatch" else "launcher torchrun, backend gloo") in said()
+    assert "launcher torchrun, backend gloo" in said()
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: cluster.state(job) == "PENDING", said, 90)
     reached = points()[-1]["step"]
