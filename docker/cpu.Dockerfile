@@ -14,13 +14,13 @@ RUN python3 -m venv /opt/distadam \
 
 FROM ${BASE}
 # What training writes belongs to user 1000; nothing runs as root. Checkpoints come on a volume.
-RUN useradd --uid 1000 --create-home distadam && install -d -o distadam -g distadam /checkpoints /work
+RUN useradd --uid 1000 --create-home distadam && install -d -o distadam -g distadam /checkpoints /srv/distadam
 COPY --from=build /opt/distadam /opt/distadam
-COPY --chown=distadam:distadam examples /work/examples
+COPY --chown=distadam:distadam examples /srv/distadam/examples
 ENV PATH=/opt/distadam/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 # As `distadam launch` sets them: gradients keep their memory from step to step.
 ENV MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
 USER distadam
-WORKDIR /work
+WORKDIR /srv/distadam
 VOLUME /checkpoints
 CMD ["distadam", "doctor"]

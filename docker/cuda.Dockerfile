@@ -16,12 +16,12 @@ RUN python3 -m venv /opt/distadam \
  && find /opt/distadam -name __pycache__ -type d -prune -exec rm -rf {} +
 
 FROM ${BASE}
-RUN useradd --uid 1000 --create-home distadam && install -d -o distadam -g distadam /checkpoints /work
+RUN useradd --uid 1000 --create-home distadam && install -d -o distadam -g distadam /checkpoints /srv/distadam
 COPY --from=build /opt/distadam /opt/distadam
-COPY --chown=distadam:distadam examples /work/examples
+COPY --chown=distadam:distadam examples /srv/distadam/examples
 ENV PATH=/opt/distadam/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR=/tmp/triton
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER distadam
-WORKDIR /work
+WORKDIR /srv/distadam
 VOLUME /checkpoints
 CMD ["distadam", "doctor"]

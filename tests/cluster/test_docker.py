@@ -66,7 +66,7 @@ def test_image_is_small_in_what_it_can_do(engine: Engine) -> None:
 
 
 def test_two_nodes_lose_one_and_end_with_the_loss_of_a_run_that_never_stopped(nodes: Compose, tmp_path: Path) -> None:
-    script = ["/work/examples/train_gpt.py", f"--steps={STEPS}", "--out=/tmp/run"]
+    script = ["/srv/distadam/examples/train_gpt.py", f"--steps={STEPS}", "--out=/tmp/run"]
     show = ["sh", "-c", 'python3 "$@" >/tmp/said 2>&1 && cat /tmp/run/run.json || cat /tmp/said', "sh", *script]
     alone = json.loads(run("docker", "run", "--rm", "--network", "none", IMAGE, *show))
 
