@@ -3,9 +3,9 @@
 #
 #   TORCH=torch==2.13.0 EXTRAS=prometheus,triton docker/wheels.sh && docker build -f docker/cuda.Dockerfile -t distadam:cuda .
 #
-# BASE needs Python 3.10 or newer and glibc, no CUDA toolkit and no compiler. Triton compiles its kernels with the
-# assembler that its own wheel brings, into TRITON_CACHE_DIR; it links its launcher with a C compiler at run time, so the
-# last stage has gcc unless GCC= is given, and then distadam uses torch's fused kernels and says so once.
+# BASE needs Python 3.10 or newer and glibc, no CUDA toolkit. Triton's wheel brings an assembler, but links its launchers
+# with a C compiler at run time: with gcc in BASE an update is one pass over memory; without it distadam says so once and
+# takes torch's fused operations. Never built here, for want of a GPU.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build

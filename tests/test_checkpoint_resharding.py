@@ -72,20 +72,12 @@ def test_full_grid(read: int, grid: Path) -> None:
             assert whole == _reference(case)
 
 
-def _hybrid(rank: int, path: str, loads: bool) -> str:
-    mesh = torch.distributed.init_device_mesh("cpu", (2, 2))
-    model, optimizer = build("adamw", "bf16 fp32 master", shard=ShardPolicy(mesh=mesh))
-    if loads:
-        checkpoint.load(path, model, optimizer)
-        train(model, optimizer, STEPS, STEPS + 5)
-    else:
-        train(model, optimizer, 0, STEPS)
-        checkpoint.save(path, model, optimizer)
-    return digest(model, optimizer)
-
-
-def _shared(rank: int, path: str, loads: bool) -> str:
-    model, optimizer = build("adamw", "bf16 fp32 master", shard=ShardPolicy(share_parameters=True))
+def _sharded(rank: int, path: str, loads: bool, mesh: tuple[int, int] | None) -> str:
+    """Load and go on, or train and save: on a mesh of (replicas, shards), or with one copy of the parameters."""
+    shard = ShardPolicy(share_parameters=True)
+    if mesh is not None:
+        shard = ShardPolicy(mesh=torch.distributed.init_device_mesh("cpu", mesh))
+    model, optimizer = build("adamw", "bf16 fp32 master", shard=shard)
     if loads:
         checkpoint.load(path, model, optimizer)
         train(model, optimizer, STEPS, STEPS + 5)
@@ -105,8 +97,11 @@ def _resume(rank: int, path: str, rule: str, storage: str, last: int) -> str:
 def test_hybrid_groups_read_and_write_what_plain_ones_do(tmp_path: Path) -> None:
     plain, hybrid = str(tmp_path / "plain"), str(tmp_path / "hybrid")
     run_ranks(3, write, plain, "adamw", "bf16 fp32 master", 0, STEPS, False)
-    run_ranks(4, _hybrid, hybrid, False)
-    assert len({*run_ranks(4, _hybrid, plain, True), _resume(0, hybrid, "adamw", "bf16 fp32 master", STEPS + 5)}) == 1
+    run_ranks(4, _sharded, hybrid, False, (2, 2))
+    assert (
+        len({*run_ranks(4, _sharded, plain, True, (2, 2)), _resume(0, hybrid, "adamw", "bf16 fp32 master", STEPS + 5)})
+        == 1
+    )
     sizes = checkpoint.describe(hybrid).files
     big = sorted(sizes.values())[-2:]
     assert sum(big) > 5 * (sum(sizes.values()) - sum(big))  # the second replica wrote its extra only
@@ -115,8 +110,11 @@ def test_hybrid_groups_read_and_write_what_plain_ones_do(tmp_path: Path) -> None
 def test_shared_parameters_read_and_write_what_others_do(tmp_path: Path) -> None:
     plain, shared = str(tmp_path / "plain"), str(tmp_path / "shared")
     run_ranks(3, write, plain, "adamw", "bf16 fp32 master", 0, STEPS, False)
-    run_ranks(2, _shared, shared, False)
-    assert len({*run_ranks(2, _shared, plain, True), _resume(0, shared, "adamw", "bf16 fp32 master", STEPS + 5)}) == 1
+    run_ranks(2, _sharded, shared, False, None)
+    assert (
+        len({*run_ranks(2, _sharded, plain, True, None), _resume(0, shared, "adamw", "bf16 fp32 master", STEPS + 5)})
+        == 1
+    )
 
 
 def test_other_dtypes_take_the_master_and_not_the_rounded_parameter(tmp_path: Path) -> None:

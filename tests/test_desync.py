@@ -258,7 +258,7 @@ def test_rank_that_hangs_writes_where_it_stands_when_it_is_ended(tmp_path: Path)
         assert process.stdout.readline() == "hangs\n"
         process.terminate()
         assert process.wait(timeout=60) == -signal.SIGTERM
-    dump = json.loads((tmp_path / "rank-3.json").read_text())
+    dump = json.loads((tmp_path / "waits.3.json").read_text())
     assert (dump["rank"], dump["reason"]) == (3, "")
     report = dump["optimizers"][0]
     assert " in hang_here" in report["at"]
@@ -304,7 +304,7 @@ def test_launch_shows_where_ranks_stood_when_one_hangs_in_backward(tmp_path: Pat
     assert " in hang_here" in page
     assert "waits for gradients of gain on rank 1" in page
     assert "never ready on rank 1: gain, first.weight" in page
-    found = json.loads((tmp_path / "logs" / "waits.json").read_text())
+    found = [json.loads((tmp_path / "logs" / f"waits.{rank}.json").read_text()) for rank in range(2)]
     assert [dump["rank"] for dump in found] == [0, 1]
     assert any("hang_here" in frame for frame in found[1]["optimizers"][0]["stack"])
 

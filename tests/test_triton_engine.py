@@ -6,7 +6,9 @@ none; gradients are compared as they reach the kernel, which Triton reads in the
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,15 +191,43 @@ def test_select_says_why_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         select(RULES["adamw"], group, torch.float32, "cpu")
 
 
-def test_missing_triton_degrades_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [
+        ("_is_installed", r"pip install 'distadam\[triton\]'"),
+        ("_has_compiler", "C compiler"),
+    ],
+)
+def test_what_triton_lacks_degrades_with_one_warning(monkeypatch: pytest.MonkeyPatch, lacks: str, words: str) -> None:
     from distadam.kernels import triton_select
 
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
-    monkeypatch.setattr(triton_select, "_is_installed", lambda: False)
-    triton_select._warn_missing.cache_clear()
+    monkeypatch.setattr(triton_select, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_select, lacks, lambda: False)
+    triton_select._warn.cache_clear()
     group = make_group("adamw", {})
-    with pytest.warns(UserWarning, match=r"pip install 'distadam\[triton\]'") as caught:
+    with pytest.warns(UserWarning, match=words) as caught:
         choices = [select(RULES["adamw"], group, torch.float32, "cuda") for _ in range(2)]
     assert len(caught) == 1
     assert {choice.name for choice in choices} == {"torch_fused"}
-    assert "not triton: Triton is not installed" in str(choices[0])
+    assert re.search(f"not triton: .*{words}", str(choices[0]))
+
+
+def test_compilers_are_those_that_triton_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build = pytest.importorskip("triton.runtime.build")
+    from distadam.kernels import triton_select
+
+    monkeypatch.delenv("CC", raising=False)
+    for names in ((), ("gcc",), ("clang",)):
+        folder = tmp_path / "-".join(("bin", *names))
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("#!/bin/sh\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        triton_select._has_compiler.cache_clear()
+        assert triton_select._has_compiler() == bool(names)
+        if not names:
+            with pytest.raises(RuntimeError, match="Failed to find C compiler"):
+                build._find_compiler("c")
+    triton_select._has_compiler.cache_clear()

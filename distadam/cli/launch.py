@@ -57,7 +57,7 @@ def launch(
 
     When ranks fail, the traceback of the first that failed comes first, and its exit code is the command's. When a
     collective of the optimizer failed, one page says where every rank stood: which buckets were reduced, which waited,
-    which parameters never got a gradient (LOG_DIR/waits.txt and waits.json too).
+    which parameters never got a gradient (LOG_DIR/waits.txt too, from each rank's waits.RANK.json).
     On CPU, OMP_NUM_THREADS and glibc's MALLOC_* variables are set where they are not set already.
     """
     console = Console(stderr=True)
@@ -68,10 +68,10 @@ def launch(
     script_args = args[1:] if args and args[0] == "--" else args or []
     num_local = _count_processes(nproc)
     _announce(console, num_local, nnodes)
-    with _log_folder(log_dir) as folder, _dump_folder() as waits:
+    with _log_folder(log_dir) as folder:
         config = _config(num_local, nnodes, node_rank, rdzv_endpoint, max_restarts, folder)
         command = ["-u", str(Path(__file__).with_name("worker.py")), *(["-m"] if module else []), script, *script_args]
-        code = _run(console, config, command, Path(folder), waits, log_dir)
+        code = _run(console, config, command, Path(folder))
     if code and log_dir is not None:
         console.print(f"distadam launch: logs in {log_dir}", highlight=False)
     raise typer.Exit(code)
@@ -82,10 +82,10 @@ def launch_here(nproc: str, module: str, args: list[str]) -> int:
     console = Console(stderr=True)
     num_local = _count_processes(nproc)
     _announce(console, num_local, 1)
-    with _log_folder(None) as folder, _dump_folder() as waits:
+    with _log_folder(None) as folder:
         config = _config(num_local, 1, None, "", 0, folder)
         command = ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args]
-        return _run(console, config, command, Path(folder), waits, None)
+        return _run(console, config, command, Path(folder))
 
 
 def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
@@ -131,13 +131,6 @@ def _log_folder(log_dir: Path | None) -> Iterator[str]:
         yield folder
 
 
-@contextlib.contextmanager
-def _dump_folder() -> Iterator[Path]:
-    """Yield an empty folder for what ranks write when a collective fails."""
-    with tempfile.TemporaryDirectory(prefix="distadam-dumps-") as folder:
-        yield Path(folder)
-
-
 def _config(
     num_local: int, nnodes: int, node_rank: int | None, endpoint: str, max_restarts: int, folder: str
 ) -> LaunchConfig:
@@ -159,24 +152,20 @@ def _config(
     )
 
 
-def _run(
-    console: Console, config: LaunchConfig, command: list[str], folder: Path, waits: Path, log_dir: Path | None
-) -> int:
+def _run(console: Console, config: LaunchConfig, command: list[str], folder: Path) -> int:
     """Run the ranks to their end; return the exit code for this process.
 
     Args:
         console: for failures.
         config: torchelastic's.
         command: of a rank.
-        folder: where ranks note what they do.
-        waits: where they write where they stood when a collective failed.
-        log_dir: where the page about that is kept, too.
+        folder: of logs; ranks note there what they do, and where they stood when a collective failed.
     """
     _quiet_torchelastic()
-    for stale in folder.glob("phase.*"):
+    for stale in (*folder.glob("phase.*"), *folder.glob("waits.*")):
         stale.unlink()
     os.environ[phase.VARIABLE] = str(folder)
-    os.environ[dumps.VARIABLE] = str(waits)  # the ranks inherit it: Note [Dumps]
+    os.environ[dumps.VARIABLE] = str(folder)  # the ranks inherit it: Note [Dumps]
     if config.max_restarts:
         os.environ.setdefault(_OWN_STORE, "1")  # Note [One store a round]
     output, errors = RankLines(sys.stdout), RankLines(sys.stderr)
@@ -188,7 +177,7 @@ def _run(
         _finish(output, errors)
         failures = sort_failures(error.failures)
         print_failures(console, failures, functools.partial(phase.read, folder))
-        show_waits(console, waits, log_dir)
+        show_waits(console, folder)
         return failures[0].exit_code
     except (SignalException, KeyboardInterrupt) as error:
         _finish(output, errors)

@@ -18,27 +18,24 @@ _MOST_BUCKETS = 40
 _ENDED = "was ended; until then it had raised nothing"
 
 
-def show_waits(console: Console, folder: Path, log_dir: Path | None) -> None:
-    """Print the page if a rank of this host has failed in a collective and the others did not fail by themselves.
+def show_waits(console: Console, folder: Path) -> None:
+    """Print the page if a rank of this host has failed in a collective, and leave it in ``folder`` as ``waits.txt``.
 
     Args:
         console: to print on.
         folder: where the ranks have written.
-        log_dir: where ``waits.txt`` and ``waits.json`` go; None keeps neither.
     """
     dumps = read_dumps(folder)
     if not any(dump["reason"] for dump in dumps):
         return
     text = merge(dumps)
     console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-    if log_dir is not None:
-        (log_dir / "waits.txt").write_text(text, encoding="utf-8")
-        (log_dir / "waits.json").write_text(json.dumps(dumps, indent=1) + "\n", encoding="utf-8")
+    (folder / "waits.txt").write_text(text, encoding="utf-8")
 
 
 def read_dumps(folder: Path) -> list[Dump]:
     """Return the last attempt's dumps by rank."""
-    found: list[Dump] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.json")]
+    found: list[Dump] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("waits.*.json")]
     last = max((dump["attempt"] for dump in found), default=0)
     return sorted((dump for dump in found if dump["attempt"] == last), key=lambda dump: int(dump["rank"]))
 

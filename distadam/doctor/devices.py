@@ -65,7 +65,7 @@ def check_kernels() -> list[Finding]:
     text = "; ".join(f"{', '.join(names)}: {kernel}" for kernel, names in by_kernel.items())
     findings = [ok("kernels.choice", text, **chosen)]
     if device == "cuda" and not any(kernel.startswith("triton") for kernel in chosen.values()):
-        cure = "pip install distadam[triton]"
+        cure = "pip install 'distadam[triton]', and a C compiler for it (apt-get install gcc)"
         findings.append(warning("kernels.triton", "CUDA, but no update would take Triton's kernels", cure))
     return findings
 

@@ -64,7 +64,7 @@ def _write(reason: str, reports: list[WaitReport]) -> None:
         "reason": reason,
         "optimizers": [report.as_dict() for report in reports],
     }
-    path = Path(os.environ[VARIABLE]) / f"rank-{rank}.json"
+    path = Path(os.environ[VARIABLE]) / f"waits.{rank}.json"
     if not reason and path.exists() and json.loads(path.read_text(encoding="utf-8"))["attempt"] == dump["attempt"]:
         return  # the failure itself says more
     part = path.with_suffix(".part")
@@ -106,7 +106,6 @@ def _serve(reader: int) -> None:
             _write("", [optimizer.wait_report() for optimizer in list(_reporters)])
         finally:
             if signal.getsignal(signal.SIGTERM) is _leave_it_to_the_thread:
-                ctypes.pythonapi.PyOS_setsig(
-                    signal.SIGTERM, ctypes.c_void_p(None)
-                )  # signal.signal is the main thread's, which may hang
+                # signal.signal is the main thread's, which may hang.
+                ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, ctypes.c_void_p(None))
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -45,9 +46,9 @@ def triton_obstacle(
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU Triton has its interpreter only (TRITON_INTERPRET=1), which is for tests"
     if not _is_installed():
-        if device_type == "cuda":
-            _warn_missing()
-        return f"Triton is not installed ({INSTALL})"
+        return _missing(f"Triton is not installed ({INSTALL})", device_type)
+    if device_type == "cuda" and not _has_compiler():
+        return _missing("Triton finds no C compiler for its launchers (apt-get install gcc, or set CC)", device_type)
     if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST:
         return "Triton's kernels need compute capability 8.0"
     return None
@@ -59,9 +60,21 @@ def _is_installed() -> bool:
 
 
 @cache
-def _warn_missing() -> None:
+def _has_compiler() -> bool:
+    """Say whether Triton will find a compiler, as it looks for one: without it the first launch would raise."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+def _missing(what: str, device_type: str) -> str:
+    if device_type == "cuda":
+        _warn(what)
+    return what
+
+
+@cache
+def _warn(what: str) -> None:
     warnings.warn(
-        "distadam: Triton is not installed, so the optimizer updates with torch's fused operations: several passes "
-        f"over memory instead of one. Install it with: {INSTALL}",
+        f"distadam: {what}, so the optimizer updates with torch's fused operations: several passes over memory instead "
+        "of one.",
         stacklevel=2,
     )

@@ -64,7 +64,7 @@ class Engine:
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Engine:
-        if self._daemon is None and not self._answers():
+        if not self._answers():
             with open(self._folder / "dockerd.log", "wb") as log:
                 settings = {**os.environ, "PATH": f"{_PATH}:{os.environ['PATH']}"}
                 self._daemon = subprocess.Popen(

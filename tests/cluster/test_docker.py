@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,11 @@ STEPS, SAVE_EVERY = 240, 10
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     if missing():
         pytest.skip(missing())
-    engine = Engine(tmp_path_factory.mktemp("docker"))
-    try:
-        engine.__enter__()
-    except EngineRefused as refused:  # of the host, not of what is tested: containers in which no engine may run
-        pytest.skip(f"no Docker engine can run here: {refused}")
-    with engine:
+    with ExitStack() as stack:
+        try:
+            engine = stack.enter_context(Engine(tmp_path_factory.mktemp("docker")))
+        except EngineRefused as refused:  # of the host, not of what is tested: containers in which no engine may run
+            pytest.skip(f"no Docker engine can run here: {refused}")
         engine.build()
         yield engine
 
