@@ -31,7 +31,7 @@ help: ## Show this list.
 setup: $(READY) ## Build .venv: torch, this checkout (editable) and the development tools.
 
 # torch goes first and pinned: asked for as a mere dependency, pip would take whatever release is newest.
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml Makefile distadam/native/library.c
 	@test -x $(BIN)/python || { echo "setup: creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@rm -f $(VENV)/.ready-torch-*
 	@echo "setup: installing torch $(TORCH), distadam and its tools into $(VENV)"

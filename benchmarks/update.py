@@ -80,7 +80,7 @@ def ours(numel: int, dtype: torch.dtype, master: str, moments: str, kernel_name:
     update = ShardUpdate(
         weights=make_weights(choice, param, runs, 0, empty),
         states={name: make_moment(choice, name, param, runs, 0, empty) for name in ("exp_avg", "exp_avg_sq")},
-        grad=empty("", numel, torch.float32, torch.device("cpu")).normal_(),
+        sources=[empty("", numel, torch.float32, torch.device("cpu")).normal_()],
         compute_dtype=torch.float32,
         steps=steps,
         ranges=[ranges],

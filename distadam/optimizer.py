@@ -153,10 +153,10 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
             if 1 not in has:
                 continue  # no rank has a gradient here: bits, moments and steps stay
             self._gatherer.wait(index)  # the last step's gather may still read the shard
-            with self._norm.of_bucket(gradient, loss_scale) as observe:
+            with self._norm.of_bucket(gradient, loss_scale) as squares:
                 if self._observers:
-                    observe = self._observers.begin_bucket(gradient, has, found_inf, loss_scale, observe)
-                self._stepper.update(gradient, has, found_inf, loss_scale, observe)
+                    squares = self._observers.begin_bucket(gradient, has, found_inf, loss_scale, squares)
+                self._stepper.update(gradient, has, found_inf, loss_scale, squares)
             if self._observers:
                 self._observers.end_bucket()
             self._gatherer.launch(gradient.flat)

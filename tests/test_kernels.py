@@ -107,7 +107,7 @@ def cut(problem: Problem, cuts: list[int], group: Options, *, first: bool | None
     return ShardUpdate(
         weights=OwnWeights(problem.weight),
         states={key: plain_moment(tensor) for key, tensor in problem.state.items()},
-        grad=problem.grad,
+        sources=[problem.grad],
         compute_dtype=problem.weight.dtype,
         steps=steps,
         ranges=[ranges],
@@ -382,11 +382,11 @@ def test_reference_brings_a_cpu_divisor_to_the_device() -> None:
     ("change", "message"),
     [
         ({"steps": []}, "expected 2 steps but got 0"),
-        ({"grad": torch.empty(128, device="meta")}, r"grad: expected .* shape \(192,\) .* got \(128,\)"),
+        ({"sources": [torch.empty(128, device="meta")]}, r"grad: expected .* shape \(192,\) .* got \(128,\)"),
         ({"spans": [(0, 64), (64, 129)]}, r"multiple of 64 but got \[64, 129\)"),
         ({"states": {}}, "are missing"),
         ({"steps": [torch.empty((), device="meta", dtype=torch.float64)] * 2}, "torch.float32 .* got .*torch.float64"),
-        ({"grad": torch.empty(192)}, "on meta but got .* on cpu"),
+        ({"sources": [torch.empty(192)]}, "on meta but got .* on cpu"),
     ],
     ids=["missing-steps", "grad-shape", "odd-numel", "missing-states", "step-dtype", "device"],
 )

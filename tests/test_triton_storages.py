@@ -90,7 +90,7 @@ class Shard:
         update = ShardUpdate(
             weights=self.weights,
             states=self.moments,
-            grad=self.grad,
+            sources=[self.grad],
             compute_dtype=torch.float32,
             steps=self.steps,
             ranges=[ranges],

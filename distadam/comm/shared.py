@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distadam import native
 from distadam.comm.exchange import Exchange, Job
 from distadam.comm.mesh import MAP, READ, READY, UNMAP, Mesh, connect
 from distadam.comm.tree import BLOCK_NUMEL, TreeSum
@@ -327,6 +328,12 @@ class Reduction(_Reading):
             yield piece
         self._finish()
 
+    def leaves(self) -> Iterator[list[Tensor]]:
+        """Yield every rank's part, by rank, once, to be added up in place of `pieces` while they are asked for."""
+        self._meet()
+        yield self._leaves()
+        self._finish()
+
     @property
     def released(self) -> _Released:
         """The part after which this rank may overwrite its buffer: all peers have read it."""
@@ -364,4 +371,4 @@ class Gather(_Reading):
         for peer, segment in self._segments.items():
             part = slice(peer * self._numel, (peer + 1) * self._numel)
             theirs = self._over.memory.view(peer, segment, self._full.dtype, self._full.numel())
-            self._full[part].copy_(theirs[part])
+            native.copy(self._full[part], theirs[part])

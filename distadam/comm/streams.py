@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,13 +97,27 @@ class Pending:
         Raises:
             CommError: as `wait`.
         """
-        take: Callable[[], Iterator[Tensor]] | None = getattr(self._work, "pieces", None)
+        return self._begin("pieces")
+
+    def leaves(self) -> Iterator[list[Tensor]] | None:
+        """Return, in place of the sum of a reduce-scatter, what to add up: every rank's part, by rank, in one item.
+
+        None where only the sum can be had. The parts must not be written, nor read after the next item was asked for
+        (there is none): their owners overwrite them then. Who begins must end, and `wait` no more.
+
+        Raises:
+            CommError: as `wait`.
+        """
+        return self._begin("leaves")
+
+    def _begin(self, how: str) -> Iterator[Any] | None:
+        take: Callable[[], Iterator[Any]] | None = getattr(self._work, how, None)
         if take is None or self._after is not None or getattr(self._work, "done", False):
             return None
         self._work = None
         return self._take(take)
 
-    def _take(self, take: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+    def _take(self, take: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         try:
             yield from take()
         except RuntimeError as error:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distadam import native
+
 BLOCK_NUMEL = 131_072  # larger than what a call costs, smaller than what a cache holds
 
 
@@ -30,6 +32,8 @@ class TreeSum:
 
     def add(self, target: Tensor, leaves: Sequence[Tensor]) -> None:
         """Write the sum of ``leaves`` (by rank) to ``target``, which may be one of them, block by block."""
+        if native.sum_ranks(target, leaves):
+            return
         self.reserve(target.dtype)
         blocks = self._blocks[target.dtype]
         for start in range(0, target.numel(), BLOCK_NUMEL):

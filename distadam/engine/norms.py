@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,6 +133,29 @@ def from_power(total: Tensor, order: float) -> Tensor:
     return total ** (1.0 / order)
 
 
+@dataclass(frozen=True, slots=True)
+class BucketSquares:
+    """The sum of squares of one bucket's gradient, taken while the update reads it.
+
+    Attributes:
+        part: 0-D float64, to be added to; None where the norm is known already.
+        show: is shown each piece of the gradient; where it is not None there must be pieces.
+    """
+
+    part: Tensor | None = None
+    _of_piece: Tensor | None = None
+    _scratch: NormScratch | None = None
+    show: Callable[[Tensor], None] | None = None
+
+    def add(self, piece: Tensor) -> None:
+        """Take a piece of the shard, unscaled; for kernels that do not add to ``part`` themselves."""
+        if self.part is not None and self._of_piece is not None and self._scratch is not None:
+            self._scratch.blockwise(piece, self._of_piece)
+            self.part.add_(self._of_piece)
+        if self.show is not None:
+            self.show(piece)
+
+
 class StepNorm:
     """The gradient norm of the last step, for `grad_norm`: known to every rank without a question.
 
@@ -172,10 +196,10 @@ class StepNorm:
             total.zero_()
 
     @contextmanager
-    def of_bucket(self, gradient: BucketGradient, loss_scale: Tensor | None) -> Iterator[Callable[[Tensor], None]]:
-        """Yield what the update shows each piece of one bucket's reduced gradient to, before it scales it."""
+    def of_bucket(self, gradient: BucketGradient, loss_scale: Tensor | None) -> Iterator[BucketSquares]:
+        """Yield what the update adds up the squares of one bucket's reduced gradient in, before it scales it."""
         if self._clipped is not None:
-            yield lambda piece: None
+            yield BucketSquares()
             return
         device = gradient.flat.device
         if device not in self._totals:
@@ -183,13 +207,7 @@ class StepNorm:
             self._totals[device] = (buffer[0], buffer[1], buffer[2])
         total, part, of_piece = self._totals[device]
         part.zero_()
-        scratch = self.scratch(device)
-
-        def add(piece: Tensor) -> None:
-            scratch.blockwise(piece, of_piece)
-            part.add_(of_piece)
-
-        yield add
+        yield BucketSquares(part, of_piece, self.scratch(device))
         if gradient.scaling_divisor is not None:
             part.div_(gradient.scaling_divisor).div_(gradient.scaling_divisor)
         for multiplier in gradient.multipliers:

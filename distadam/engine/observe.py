@@ -91,7 +91,11 @@ class _Watched(Pending):
         taken = self._inner.pieces()
         return None if taken is None else self._timed(taken)
 
-    def _timed(self, taken: Iterator[Tensor]) -> Iterator[Tensor]:
+    def leaves(self) -> Iterator[list[Tensor]] | None:
+        taken = self._inner.leaves()
+        return None if taken is None else self._timed(taken)
+
+    def _timed(self, taken: Iterator[Any]) -> Iterator[Any]:
         first = began = time.monotonic()
         busy = 0.0
         for piece in taken:

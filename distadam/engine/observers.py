@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from distadam.engine.flat_bucket import FlatBucket
+from distadam.engine.norms import BucketSquares
 from distadam.engine.rounds import BucketGradient
 
 
@@ -50,7 +51,13 @@ class StepObserver:
     """Reads along while a step updates this rank's shards; the methods do nothing here.
 
     They are called in one order on every rank, so they may communicate; what they are shown they must not change.
+
+    Attributes:
+        reads_gradients: Whether `gradient` is called in this step, asked after `begin_step`. Where nobody reads them
+            sums of gradients need not be in memory, and on the CPU are not.
     """
+
+    reads_gradients = True
 
     def reducing(self, flat: FlatBucket, full: Tensor) -> None:
         """See this rank's own gradient of a bucket, in backward or `step`, just before it is reduced."""
@@ -106,22 +113,22 @@ class Observers:
         has: bytes,
         found_inf: Tensor | None,
         loss_scale: Tensor | None,
-        observe: Callable[[Tensor], None],
-    ) -> Callable[[Tensor], None]:
-        """Announce a bucket; return what is to be shown its summed gradient in place of ``observe``."""
+        squares: BucketSquares,
+    ) -> BucketSquares:
+        """Announce a bucket; return what is to take its summed gradient in place of ``squares``."""
         step = self._step = BucketStep(reduced=gradient, has=has, loss_scale=loss_scale, found_inf=found_inf)
         for observer in self._observers:
             observer.begin_bucket(step)
+        readers = [observer for observer in self._observers if observer.reads_gradients]
         start = 0
 
         def show(piece: Tensor) -> None:
             nonlocal start
-            observe(piece)
-            for observer in self._observers:
+            for observer in readers:
                 observer.gradient(step, start, piece)
             start += piece.numel()
 
-        return show
+        return replace(squares, show=show) if readers else squares
 
     def end_bucket(self) -> None:
         """See `StepObserver.end_bucket`."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distadam import native
 from distadam.comm import DONE, Collectives, Pending
 from distadam.engine.buffers import BufferPool, FullBuffer
 from distadam.engine.flat_bucket import FlatBucket
@@ -166,7 +167,7 @@ class BucketGradient:
         fresh = [slot for slot in current.pending if not current.filled[slot]]
         with torch.no_grad():
             if fresh:
-                torch._foreach_copy_([views[slot] for slot in fresh], [current.pending[slot] for slot in fresh])
+                native.copy_all([views[slot] for slot in fresh], [current.pending[slot] for slot in fresh])
             if adds:
                 again = [slot for slot in current.pending if current.filled[slot]]
                 torch._foreach_add_([views[slot] for slot in again], [current.pending[slot] for slot in again])
@@ -321,13 +322,29 @@ class BucketGradient:
         Where nothing has asked for the sum yet and the collectives can add up as it is read, it never goes to memory:
         each piece then overwrites the one before. Otherwise there is one piece.
         """
-        alone = self._sum is None and self._absorbed == self.launched - 1 and not self._void
-        fits = self._landing is not None and self._landing.dtype == self.flat.compute_dtype
-        taken = self._inflight.pieces() if alone and fits else None
+        taken = self._inflight.pieces() if self._unread else None
         if taken is None:
             return iter([self.summed()])  # now: what it absorbs may change what is still to be scaled
         self._absorbed = self.launched
         return taken
+
+    def leaves(self) -> Iterator[list[Tensor]]:
+        """Return, in one item and in place of `summed`, what to add up: every rank's part of this shard, by rank.
+
+        Where something has asked for the sum, or the collectives can give nothing else, that is the only part, in the
+        compute dtype or 16 bits.
+        """
+        taken = self._inflight.leaves() if self._unread else None
+        if taken is None:
+            return iter([[self.raw_sum()]])
+        self._absorbed = self.launched
+        return taken
+
+    @property
+    def _unread(self) -> bool:
+        """Whether one reduction is the whole sum, and nothing has asked for it yet."""
+        alone = self._sum is None and self._absorbed == self.launched - 1 and not self._void
+        return alone and self._landing is not None and self._landing.dtype == self.flat.compute_dtype
 
     def raw_sum(self) -> Tensor:
         """Return what `summed` returns, in the 16-bit dtype of the wire where nothing has widened it yet."""

@@ -12,9 +12,11 @@ from torch import Tensor
 from distadam.comm import Streams
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.ledger import Ledger
+from distadam.engine.norms import BucketSquares
 from distadam.engine.rounds import BucketGradient
 from distadam.engine.state import renew_history
 from distadam.kernels import Choice, GradScaling, GroupRanges, Kernel, ShardUpdate, make_kernel, select
+from distadam.kernels.native import NATIVE
 from distadam.kernels.triton_select import TRITON
 from distadam.layout import Piece
 from distadam.layout.layout import format_table
@@ -49,15 +51,15 @@ class KernelReport:
 
 @dataclass(slots=True)
 class _Work:
-    """The ranges of one shard that are updated together, with one gradient tensor.
+    """The ranges of one shard that are updated together, with one gradient.
 
     Attributes:
-        grad: of the shard from element ``start`` on.
+        sources: the gradient of the shard from element ``start`` on, as kernels take it.
         parts: by parameter group.
         calls: the kernels that serve them, each with its parts; made again when ``choices`` are others.
     """
 
-    grad: Tensor
+    sources: Sequence[Tensor]
     start: int
     parts: dict[int, GroupRanges]
     choices: _Choices
@@ -95,7 +97,7 @@ class Stepper:
         has: bytes,
         found_inf: Tensor | None,
         loss_scale: Tensor | None,
-        observe: Callable[[Tensor], None],
+        squares: BucketSquares,
     ) -> None:
         """Update the shard of one bucket and store its parameters.
 
@@ -104,40 +106,41 @@ class Stepper:
             has: per slot, whether any rank had a gradient.
             found_inf: 0-D or 1-element float tensor; where not 0 nothing changes, steps included.
             loss_scale: 0-D; gradients are divided by it.
-            observe: is shown each piece of the gradient before it is scaled.
+            squares: of the gradient before it is scaled: added up by the kernel, or else shown each piece.
 
         Syncs: never on CUDA; on CPU until the reduction has landed.
         """
         flat = gradient.flat
         self._count_steps(flat, has, found_inf)
         choices = self._choices(flat)
-        pieces = self._pieces(gradient, {name for name, _ in choices.values()})
+        names = {name for name, _ in choices.values()}
+        in_one_pass = names == {NATIVE} and squares.show is None
+        if len(gradient.multipliers) > 2 and not names.isdisjoint((NATIVE, TRITON)):
+            gradient.average()
+        parts = gradient.leaves() if in_one_pass else self._parts(gradient, names)
         scaling = GradScaling(
             num_ranks=gradient.scaling_divisor,
             multipliers=gradient.multipliers,
             loss_scale=_on(loss_scale, flat.device),
             found_inf=_on(found_inf, flat.device),
+            squares=squares.part if in_one_pass else None,
         )
         start = 0
-        for grad in pieces:
-            observe(grad)
-            for kernel, update in self._calls(self._work_for(flat, grad, start, has), flat, choices):
+        for sources in parts:
+            if not in_one_pass:
+                squares.add(sources[0])
+            for kernel, update in self._calls(self._work_for(flat, sources, start, has), flat, choices):
                 kernel.update(self.rule, update, scaling)
-            start += grad.numel()
+            start += sources[0].numel()
         if any(self.param_groups[span.group].get("eps") == 0 for span in flat.bucket.ranges):
             _zero_padding(flat)
 
     @staticmethod
-    def _pieces(gradient: BucketGradient, names: set[str]) -> Iterator[Tensor]:
-        """Return the summed gradient as the kernels of these names take it.
-
-        Triton reads 16 bits and applies two multipliers.
-        """
-        if TRITON not in names:
-            return gradient.pieces()
-        if len(gradient.multipliers) > 2:
-            gradient.average()
-        return iter([gradient.raw_sum() if names == {TRITON} else gradient.summed()])
+    def _parts(gradient: BucketGradient, names: set[str]) -> Iterator[Sequence[Tensor]]:
+        """Return the summed gradient as the kernels of these names take it; Triton reads 16 bits."""
+        if TRITON in names:
+            return iter([[gradient.raw_sum() if names == {TRITON} else gradient.summed()]])
+        return ([piece] for piece in gradient.pieces())
 
     def _choices(self, flat: FlatBucket) -> _Choices:
         """Return for each parameter group of the bucket its kernel's name and its states' names, as options are now."""
@@ -210,20 +213,20 @@ class Stepper:
             flat.history[slot] = numbers[key]
         self._history_version += 1
 
-    def _work_for(self, flat: FlatBucket, grad: Tensor, start: int, has: bytes) -> _Work:
+    def _work_for(self, flat: FlatBucket, sources: Sequence[Tensor], start: int, has: bytes) -> _Work:
         # By address: the cached work keeps its memory, so no other tensor can have it while it is here.
-        key = (flat.bucket.index, start, grad.data_ptr(), has, self._history_version)
+        key = (flat.bucket.index, start, sources[0].data_ptr(), has, self._history_version)
         work = self._work.get(key)
         if work is None:
             if len(self._work) >= _MAX_CACHED * 16:
                 self._work.clear()
-            work = self._work[key] = self._make_work(flat, grad, start, has)
+            work = self._work[key] = self._make_work(flat, sources, start, has)
         return work
 
-    def _make_work(self, flat: FlatBucket, grad: Tensor, start: int, has: bytes) -> _Work:
-        """Return what to update with ``grad``, which is that of the shard from ``start`` on."""
+    def _make_work(self, flat: FlatBucket, sources: Sequence[Tensor], start: int, has: bytes) -> _Work:
+        """Return what to update with ``sources``, which are the gradient of the shard from ``start`` on."""
         parts: dict[int, GroupRanges] = {}
-        end = start + grad.numel()
+        end = start + sources[0].numel()
         for group_range in flat.bucket.ranges:
             pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
             spans: list[tuple[int, int]] = []
@@ -247,7 +250,7 @@ class Stepper:
                 padding=padding,
             )
             parts[group_range.group] = part
-        return _Work(grad, start, parts, {}, [])
+        return _Work(sources, start, parts, {}, [])
 
     def _calls(self, work: _Work, flat: FlatBucket, choices: _Choices) -> list[tuple[Kernel, ShardUpdate]]:
         """Return the kernel calls of this step: one for each kernel that serves some group."""
@@ -265,7 +268,7 @@ class Stepper:
             update = ShardUpdate(
                 weights=flat.weights,
                 states=states,
-                grad=work.grad,
+                sources=work.sources,
                 start=work.start,
                 compute_dtype=flat.compute_dtype,
                 steps=flat.steps,

@@ -1,7 +1,8 @@
 """Which kernel serves which update, why, and why not the faster one.
 
-Fastest first: Triton (on CUDA: one launch a bucket, every storage), torch's fused operations (storages that they do not
-know are loaded and stored in chunks), the reference kernel.
+Fastest first: Triton (on CUDA: one launch a bucket, every storage) and the compiled kernel (on the CPU: one pass, every
+storage), torch's fused operations (storages that they do not know are loaded and stored in chunks), the reference
+kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distadam.errors import ConfigError
+from distadam.kernels.native import NATIVE, NativeKernel, native_obstacle
 from distadam.kernels.reference import ReferenceKernel
 from distadam.kernels.torch_fused import TorchFusedKernel
 from distadam.kernels.triton_select import TRITON, triton_obstacle
@@ -23,7 +25,7 @@ from distadam.rules import Adam, Allocate, Rule, Sgd
 
 ENVIRONMENT_VARIABLE = "DISTADAM_KERNEL"
 
-_NAMES = (ReferenceKernel.name, TorchFusedKernel.name, TRITON)
+_NAMES = (ReferenceKernel.name, TorchFusedKernel.name, NATIVE, TRITON)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Choice:
     obstacle: str | None = None
 
     def __str__(self) -> str:
-        return self.reason if self.obstacle is None else f"{self.reason}; not triton: {self.obstacle}"
+        return self.reason if self.obstacle is None else f"{self.reason}; {self.obstacle}"
 
 
 def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> Choice:
@@ -54,9 +56,9 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
         device_type: "cpu", "cuda", "meta", ...
 
     Returns:
-        Triton's kernel on CUDA; where it cannot serve, and elsewhere, torch's fused operation if there is one that
-        never syncs, else the reference kernel; or what the environment variable DISTADAM_KERNEL says. It may say triton
-        on meta too, and on the CPU in Triton's interpreter.
+        Triton's kernel on CUDA, the compiled one on the CPU; where they cannot serve, and elsewhere, torch's fused
+        operation if there is one that never syncs, else the reference kernel; or what the environment variable
+        DISTADAM_KERNEL says. It may say triton on meta too, and on the CPU in Triton's interpreter.
 
     Raises:
         ConfigError: DISTADAM_KERNEL names no kernel, or one that cannot serve this update.
@@ -66,13 +68,21 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
     obstacle = _fused_obstacle(rule, group, compute_dtype, device_type)
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced is not None:
-        return _forced(forced, rule, obstacle, triton_obstacle(rule, group, compute_dtype, device_type))
-    not_triton = triton_obstacle(rule, group, compute_dtype, device_type) if device_type == "cuda" else None
-    if device_type == "cuda" and not_triton is None:
-        return Choice(name=TRITON, reason="one pass over memory, one launch for a bucket")
+        return _forced(forced, rule, group, compute_dtype, device_type, obstacle)
+    not_faster = None
+    if device_type == "cuda":
+        not_triton = triton_obstacle(rule, group, compute_dtype, device_type)
+        if not_triton is None:
+            return Choice(name=TRITON, reason="one pass over memory, one launch for a bucket")
+        not_faster = f"not {TRITON}: {not_triton}"
+    elif device_type == "cpu":
+        not_native = native_obstacle(rule, group, compute_dtype, device_type)
+        if not_native is None:
+            return Choice(name=NATIVE, reason="one pass over memory, which adds up ranks' gradients on its way")
+        not_faster = f"not {NATIVE}: {not_native}"
     if obstacle is not None:
-        return Choice(name=ReferenceKernel.name, reason=obstacle, obstacle=not_triton)
-    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}", obstacle=not_triton)
+        return Choice(name=ReferenceKernel.name, reason=obstacle, obstacle=not_faster)
+    return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}", obstacle=not_faster)
 
 
 def norm_in_one_pass(dtype: torch.dtype, device_type: str) -> bool:
@@ -91,7 +101,7 @@ def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel
     """Build the kernel of a `Choice`.
 
     Args:
-        name: "reference", "torch_fused" or "triton".
+        name: "reference", "torch_fused", "native" or "triton".
         allocate: Makes the kernel's scratch buffers.
         upload: Copies a CPU tensor to a device tensor without waiting for the device.
 
@@ -102,6 +112,8 @@ def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel
         return ReferenceKernel(allocate)
     if name == TorchFusedKernel.name:
         return TorchFusedKernel(allocate)
+    if name == NATIVE:
+        return NativeKernel()
     if name == TRITON:
         from distadam.kernels.triton_kernel import TritonKernel
 
@@ -109,7 +121,14 @@ def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel
     raise ConfigError(f"kernel: expected one of {', '.join(_NAMES)} but got {name!r}")
 
 
-def _forced(forced: str, rule: Rule, not_fused: str | None, not_triton: str | None) -> Choice:
+def _forced(
+    forced: str,
+    rule: Rule,
+    group: Mapping[str, Any],
+    compute_dtype: torch.dtype,
+    device_type: str,
+    not_fused: str | None,
+) -> Choice:
     if forced not in _NAMES:
         raise ConfigError(
             f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(_NAMES)} but got {forced!r}; unset it or correct it"
@@ -119,9 +138,11 @@ def _forced(forced: str, rule: Rule, not_fused: str | None, not_triton: str | No
             f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that torch fuses but for {rule.name} {not_fused}; "
             f"unset it or set it to {ReferenceKernel.name}"
         )
-    if forced == TRITON and not_triton is not None:
+    obstacles = {TRITON: triton_obstacle, NATIVE: native_obstacle}
+    obstacle = obstacles[forced](rule, group, compute_dtype, device_type) if forced in obstacles else None
+    if obstacle is not None:
         raise ConfigError(
-            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that Triton's kernels serve but {not_triton}; "
+            f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that it serves but {obstacle}; "
             f"unset it or set it to {ReferenceKernel.name}"
         )
     return Choice(name=forced, reason=f"{ENVIRONMENT_VARIABLE}={forced}")

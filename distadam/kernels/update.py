@@ -71,8 +71,10 @@ class ShardUpdate:
     Attributes:
         weights: The shard's weights.
         states: The rule's states by name, those of all groups.
-        grad: Shape (elements,); the kernel may overwrite it. The compute dtype, or 16 bits.
-        start: The element of the shard that ``grad`` begins at; all ranges lie in what it covers.
+        sources: The gradient, each of shape (elements,): one tensor that is the sum over ranks, which the kernel may
+            overwrite, in the compute dtype or 16 bits; for the compiled kernel also every rank's, by rank, which it
+            adds up and leaves as they are. Given anew each step.
+        start: The element of the shard that ``sources`` begin at; all ranges lie in what they cover.
         compute_dtype: What the update computes in.
         steps: float32, shape (slots,): the step counts of all slots of the bucket, on the device.
         ranges: By parameter group.
@@ -81,12 +83,17 @@ class ShardUpdate:
 
     weights: Weights
     states: dict[str, Moment]
-    grad: Tensor
+    sources: Sequence[Tensor]
     compute_dtype: torch.dtype
     steps: Tensor
     ranges: list[GroupRanges]
     start: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grad(self) -> Tensor:
+        """The sum over ranks, for kernels that add up nothing."""
+        return self.sources[0]
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +168,14 @@ class GradScaling:
         multipliers: Multiplied by next, in order (GradScaler's inv_scale, the clip coefficient): 0-D, on the device.
         loss_scale: Divided by last (torch's `grad_scale`): 0-D, on the device.
         found_inf: 0-D or 1-element float tensor on the device; where it is not 0, nothing is updated.
+        squares: 0-D float64: the compiled kernel adds to it the sum of squares of the summed gradient before scaling.
     """
 
     num_ranks: Tensor | None = None
     multipliers: list[Tensor] = field(default_factory=list)
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    squares: Tensor | None = None
 
 
 class Kernel(Protocol):
