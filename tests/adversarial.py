@@ -175,6 +175,16 @@ class LatePending:
             return None
         return self._take()
 
+    def leaves(self) -> Iterator[list[Tensor]] | None:
+        """One part that is the sum, where ranks read one by one."""
+        if not self._world.one_by_one or self._rank in self._operation.done:
+            return None
+        return self._take_whole()
+
+    def _take_whole(self) -> Iterator[list[Tensor]]:
+        self._world.wait(self._operation, self._rank)
+        yield [self._operation.parts[self._rank][0].clone()]
+
     def _take(self) -> Iterator[Tensor]:
         self._world.wait(self._operation, self._rank)
         whole = self._operation.parts[self._rank][0].clone()

@@ -252,7 +252,11 @@ def test_mismatched_torch_between_ranks_is_named():
 
 def test_unknown_kernel_is_named(monkeypatch):
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
+    only(check_kernels(), "kernels.choice", "ok", "native (one pass over memory")
+    monkeypatch.setenv("DISTADAM_NATIVE", "0")
     only(check_kernels(), "kernels.choice", "ok", "torch_fused", "torch has no fused RMSprop")
+    only(check_kernels(), "kernels.native", "warning", "slower", "DISTADAM_NATIVE=0")
+    monkeypatch.delenv("DISTADAM_NATIVE")
     monkeypatch.setenv("DISTADAM_KERNEL", "fastest")
     only(check_kernels(), "kernels.choice", "error", "fastest")
 

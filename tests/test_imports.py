@@ -21,13 +21,14 @@ import distadam
 
 PACKAGE = Path(distadam.__file__).parent
 
-# errors < policies < {layout, comm, rules, precision: never each other} < kernels < engine < {api -> optimizer;
-# checkpoint} < {diagnostics, doctor} < cli
-BASE = {"errors", "policies"}
+# {errors, native} < policies < {layout, comm, rules, precision: never each other} < kernels < engine
+# < {api -> optimizer; checkpoint} < {diagnostics, doctor} < cli
+BASE = {"errors", "native", "policies"}
 MIDDLE = {"layout", "comm", "rules", "precision"}
 CORE = BASE | MIDDLE | {"kernels", "engine"}
 MAY_IMPORT = {
     "errors": set(),
+    "native": set(),
     "policies": {"errors"},
     **dict.fromkeys(MIDDLE, BASE),
     "layout": {"errors"},  # policies know torch's dtypes

@@ -6,7 +6,10 @@ is planted in the code it would be a mistake in, and the message is read for the
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from distadam import CommPolicy, PrecisionPolicy, diagnostics
 from distadam.diagnostics import CheckFailed
 from distadam.engine.gatherer import Gatherer
 from distadam.engine.rounds import BucketGradient
-from distadam.rules import RULES
+from distadam.kernels import native
 from tests.ranks import run_ranks
 from tests.reference_optimizers import OPTIONS
 from tests.unsharded import CLASSES, make_params
@@ -131,25 +134,29 @@ def test_sound_optimizer_passes_every_check(num_ranks):
 # Faults
 
 
-def wrong_beta(rank: int) -> str:
+def wrong_beta(rank: int, kernel: str) -> str:
     model, optimizer = build(amsgrad=True)
-    rule = RULES["adamw"]
-    before = torch._fused_adamw_
 
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        return before(*args, **(kwargs | {"beta2": 0.99}))
+    def wrong(fused: Any, *args: Any, **kwargs: Any) -> Any:
+        return fused(*args, **(kwargs | {"beta2": 0.99}))
 
-    torch._fused_adamw_ = wrong
-    try:
-        assert rule.name == "adamw"
+    def write_wrong(write: Any, work: Any, *args: Any) -> None:
+        write(work, *args)
+        work.beta2, work.gain2 = 0.99, 1 - 0.99
+
+    owner, name, replacement = {
+        "torch_fused": (torch, "_fused_adamw_", wrong),
+        "native": (native, "_write_group", write_wrong),
+    }[kernel]
+    patched = mock.patch.object(owner, name, functools.partial(replacement, getattr(owner, name)))
+    with patched, mock.patch.dict(os.environ, DISTADAM_KERNEL=kernel):
         return checked_step(model, optimizer, rank)
-    finally:
-        torch._fused_adamw_ = before
 
 
+@pytest.mark.parametrize("kernel", ["torch_fused", "native"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_wrong_beta_in_one_kernel_is_found(num_ranks):
-    for text in run_ranks(num_ranks, wrong_beta):
+def test_wrong_beta_in_one_kernel_is_found(num_ranks, kernel):
+    for text in run_ranks(num_ranks, wrong_beta, kernel):
         assert "exp_avg_sq of first.weight[" in text
         assert "by the formula but got" in text
 

@@ -410,18 +410,24 @@ def test_torch_fused_refuses_what_torch_does_not_fuse() -> None:
 
 
 @pytest.fixture
-def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether Triton would be chosen is tested in test_triton_engine.py."""
-    monkeypatch.setattr(sys.modules["distadam.kernels.select"], "triton_obstacle", lambda *_: "it is not asked here")
+def without_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether Triton or the compiled kernel would be chosen is tested in test_triton_engine.py and test_native.py."""
+    for name in ("triton_obstacle", "native_obstacle"):
+        monkeypatch.setattr(sys.modules["distadam.kernels.select"], name, lambda *_: "it is not asked here")
 
 
-@pytest.mark.usefixtures("without_triton")
+@pytest.mark.usefixtures("without_faster_ones")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
 @pytest.mark.parametrize("name", RULES)
 def test_select_prefers_torch_fused(name: str, device_type: str, dtype: torch.dtype) -> None:
     choice = select(RULES[name], make_group(name, {}), dtype, device_type)
-    obstacle = "it is not asked here" if device_type == "cuda" else None
+    obstacles = {
+        "cpu": "not native: it is not asked here",
+        "cuda": "not triton: it is not asked here",
+        "meta": None,
+    }
+    obstacle = obstacles[device_type]
     if name == "rmsprop":
         assert choice == Choice(name="reference", reason="torch has no fused RMSprop", obstacle=obstacle)
     else:
@@ -432,7 +438,7 @@ def test_select_prefers_torch_fused(name: str, device_type: str, dtype: torch.dt
 META = torch.empty((), device="meta")
 
 
-@pytest.mark.usefixtures("without_triton")
+@pytest.mark.usefixtures("without_faster_ones")
 @pytest.mark.parametrize(
     ("name", "change", "dtype", "device_type", "reason"),
     [
@@ -455,7 +461,7 @@ def test_select_falls_back_to_reference(
         select(RULES[name], group, dtype, device_type)
 
 
-@pytest.mark.usefixtures("without_triton")
+@pytest.mark.usefixtures("without_faster_ones")
 def test_select_keeps_dampening_fused_where_it_is_safe() -> None:
     group = make_group("sgd", {"momentum": 0.9, "dampening": 0.1})
     assert select(RULES["sgd"], group, torch.float32, "cpu").name == "torch_fused"
@@ -473,12 +479,12 @@ def test_select_obeys_the_environment(forced: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("forced", ["fast", ""])
 def test_select_refuses_an_unknown_kernel(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTADAM_KERNEL", forced)
-    with pytest.raises(ConfigError, match=f"expected one of reference, torch_fused, triton but got '{forced}'"):
+    with pytest.raises(ConfigError, match=f"expected one of reference, torch_fused, native, triton but got '{forced}'"):
         select(RULES["adam"], make_group("adam", {}), torch.float32, "cpu")
 
 
 def test_make_kernel_makes_what_was_chosen() -> None:
     kernels: list[Kernel] = [make_kernel(name, allocate) for name in ("reference", "torch_fused")]
     assert [kernel.name for kernel in kernels] == ["reference", "torch_fused"]
-    with pytest.raises(ConfigError, match="expected one of reference, torch_fused, triton but got 'fast'"):
+    with pytest.raises(ConfigError, match="expected one of reference, torch_fused, native, triton but got 'fast'"):
         make_kernel("fast", allocate)

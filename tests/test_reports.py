@@ -386,16 +386,19 @@ def test_gradient_whose_optimizer_is_gone_is_named() -> None:
     assert type(weight.grad) is Tensor
 
 
+FUSED = "torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0"
+
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-def test_kernel_report_says_which_kernel_and_why() -> None:
+def test_kernel_report_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTADAM_NATIVE", "0")
     params = [nn.Parameter(torch.ones(10)), nn.Parameter(torch.ones(10, dtype=torch.bfloat16))]
     groups = [{"params": [params[0]]}, {"params": [params[1]], "weight_decay": 0.0}]
     report = distadam.AdamW(groups).kernel_report()
     assert report.rows == (
-        (0, 1, "torch_fused", "fp32 master", "fp32", "torch fuses adamw on cpu"),
-        (1, 0, "torch_fused", "own", "fp32", "torch fuses adamw on cpu"),
+        (0, 1, "torch_fused", "fp32 master", "fp32", FUSED),
+        (1, 0, "torch_fused", "own", "fp32", FUSED),
     )
     assert report.as_dict()[1] == {
         "bucket": 1,
@@ -403,15 +406,15 @@ def test_kernel_report_says_which_kernel_and_why() -> None:
         "kernel": "torch_fused",
         "weights": "own",
         "moments": "fp32",
-        "reason": "torch fuses adamw on cpu",
+        "reason": FUSED,
         "reduce": "none",
         "reason_of_reduce": "one rank",
     }
     json.dumps(report.as_dict())
     assert str(report).splitlines() == [
         "bucket  group  kernel       weights      moments  reason",
-        "     0      1  torch_fused  fp32 master  fp32     torch fuses adamw on cpu",
-        "     1      0  torch_fused  own          fp32     torch fuses adamw on cpu",
+        "     0      1  torch_fused  fp32 master  fp32     torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0",
+        "     1      0  torch_fused  own          fp32     torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0",
         "reduce: none (one rank)",
     ]
 
@@ -423,7 +426,7 @@ def test_kernel_report_has_a_row_for_each_bucket_and_group() -> None:
     assert len(expected) == 4
     rows = optimizer.kernel_report().rows
     assert [row[:2] for row in rows] == expected
-    assert {row[2:] for row in rows} == {("reference", "own", "fp32", "torch has no fused RMSprop")}
+    assert {row[2:5] for row in rows} == {("native", "own", "fp32")}
 
 
 def test_kernel_report_says_what_the_environment_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def test_select_says_why_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = select(RULES["adamw"], {**group, "eps": 0.0}, torch.float32, "cuda")
     assert choice.name == "torch_fused"
     assert "not triton: with eps=0" in str(choice)
-    assert select(RULES["adamw"], group, torch.float32, "cpu").name == "torch_fused"
+    assert select(RULES["adamw"], group, torch.float32, "cpu").name == "native"
     monkeypatch.setenv("DISTADAM_KERNEL", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="on the CPU Triton has its interpreter only"):

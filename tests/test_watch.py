@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,7 @@ def compared(rank: int, rule: str, fault: bool) -> str:
     optimizer = CLASSES[rule](model.named_parameters(), lr=1e-2, comm=KB)
     before = torch._fused_adamw_
     if fault:
+        os.environ["DISTADAM_KERNEL"] = "torch_fused"
         torch._fused_adamw_ = lambda *args, **kwargs: before(*args, **(kwargs | {"beta2": 0.9}))
     try:
         return str(
@@ -266,6 +268,7 @@ def compared(rank: int, rule: str, fault: bool) -> str:
         )
     finally:
         torch._fused_adamw_ = before
+        os.environ.pop("DISTADAM_KERNEL", None)
 
 
 @pytest.mark.parametrize("rule", CLASSES)

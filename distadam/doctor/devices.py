@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from distadam import native
 from distadam.comm.backends import available_backends
 from distadam.doctor.finding import Finding, error, ok, warning
 from distadam.errors import ConfigError
 from distadam.kernels import select
+from distadam.kernels.native import disagreement
 from distadam.rules import RULES
 
 _GROUP: dict[str, Any] = {
@@ -67,6 +69,10 @@ def check_kernels() -> list[Finding]:
     if device == "cuda" and not any(kernel.startswith("triton") for kernel in chosen.values()):
         cure = "pip install 'distadam[triton]', and a C compiler for it (apt-get install gcc)"
         findings.append(warning("kernels.triton", "CUDA, but no update would take Triton's kernels", cure))
+    missing = native.obstacle() or disagreement()
+    if missing is not None:
+        cure = f"install a wheel of distadam, or build it where a C compiler is; unset {native.ENVIRONMENT_VARIABLE}"
+        findings.append(warning("kernels.native", f"updates on the CPU are slower than they could be: {missing}", cure))
     return findings
 
 

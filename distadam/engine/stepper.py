@@ -130,6 +130,7 @@ class Stepper:
             if not in_one_pass:
                 squares.add(sources[0])
             for kernel, update in self._calls(self._work_for(flat, sources, start, has), flat, choices):
+                update.sources = sources
                 kernel.update(self.rule, update, scaling)
             start += sources[0].numel()
         if any(self.param_groups[span.group].get("eps") == 0 for span in flat.bucket.ranges):

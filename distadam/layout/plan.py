@@ -62,7 +62,9 @@ def plan(
     """
     layout = Layout.build(params, num_shards=num_shards, bucket_nbytes=max(1, int(bucket_mb * 2**20)))
     owned = [(bucket, bucket.shard_numel) for bucket in layout.buckets]
-    alone = num_shards == 1  # nothing is sent: the full buffer is the gradient (16-bit ones are widened to fp32)
+    # One rank sends nothing: the full buffer is the gradient. 16-bit ones are counted as widened to fp32, as clipping and
+    # torch's kernels do; the compiled kernel and Triton's read them as they are.
+    alone = num_shards == 1
     full: dict[tuple[str, str], list[int]] = {}
     for bucket in layout.buckets:
         full.setdefault((bucket.dtype, bucket.device), []).append(bucket.nbytes)
