@@ -178,6 +178,21 @@ def test_rank_without_a_forward_proposes_nothing() -> None:
     assert run_ranks(2, _no_forward) == [expected] * 2
 
 
+def _no_forwards(rank: int) -> list[list[int]]:
+    """What ranks proposed in a step before, each its own, must not count where none proposes anything."""
+    model, optimizer, launched = build()
+    model(SHUFFLED if rank else [1, 0, 3, 2], 0).backward()
+    optimizer.step()
+    optimizer.flush()
+    sum(layer.weight.sum() for layer in model.layers).backward()
+    optimizer.step()
+    return launched
+
+
+def test_order_stays_where_no_rank_runs_a_forward() -> None:
+    assert run_ranks(2, _no_forwards) == [[FIRST_LAYERS_FIRST] * 2] * 2
+
+
 def _new_buckets(rank: int) -> list[list[int]]:
     model, optimizer, launched = build()
     model(SHUFFLED, 0).backward()
