@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
 
 import distadam
 from distadam.comm import Streams
@@ -41,8 +42,10 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(1)
         self.layers = nn.ModuleList(nn.Linear(64, 1, bias=False) for _ in range(NUM_LAYERS))
+        with torch.no_grad():
+            for number, layer in enumerate(self.layers):  # without torch's generator: ranks may be threads
+                layer.weight.copy_(integers(layer.weight, number) / 8)
 
     def forward(self, layers: Sequence[int], seed: int) -> Tensor:
         batch = {layer: integers(self.layers[layer].weight, 10 * seed + layer) for layer in layers}
@@ -51,10 +54,16 @@ class Model(nn.Module):
         return sum(self.layers[layer](batch[layer]).sum() for layer in layers)
 
 
-def build(prefetch: bool = True) -> tuple[Model, Any, list[list[int]]]:
+def build(prefetch: bool = True, hybrid: bool = False) -> tuple[Model, Any, list[list[int]]]:
     """Return model, optimizer, and what each step launches."""
     model = Model()
-    optimizer = distadam.AdamW(model.named_parameters(), lr=0.25, comm=distadam.CommPolicy(bucket_mb=TINY_MB))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if hybrid else None
+    optimizer = distadam.AdamW(
+        model.named_parameters(),
+        lr=0.25,
+        comm=distadam.CommPolicy(bucket_mb=TINY_MB),
+        shard=distadam.ShardPolicy(mesh=mesh),
+    )
     assert len(optimizer.layout.buckets) == NUM_LAYERS
     if prefetch:
         optimizer.prefetch(model)
@@ -73,9 +82,9 @@ def build(prefetch: bool = True) -> tuple[Model, Any, list[list[int]]]:
     return model, optimizer, launched
 
 
-def _train(rank: int, plan: list[list[list[int]]]) -> tuple[list[list[int]], str]:
+def _train(rank: int, plan: list[list[list[int]]], hybrid: bool) -> tuple[list[list[int]], str]:
     """Train with one order of layers for each step and rank; return what was launched and the reason."""
-    model, optimizer, launched = build()
+    model, optimizer, launched = build(hybrid=hybrid)
     twin = Model()
     oracle = AveragedOracle(lambda flats: torch.optim.AdamW(flats, lr=0.25, fused=True), twin.parameters())
     for step, by_rank in enumerate(plan):
@@ -93,8 +102,8 @@ def _train(rank: int, plan: list[list[list[int]]]) -> tuple[list[list[int]], str
     return launched, report.reason_of_order
 
 
-def train(num_ranks: int, plan: list[list[list[int]]]) -> tuple[list[list[int]], str]:
-    results = run_ranks(num_ranks, _train, plan)
+def train(num_ranks: int, plan: list[list[list[int]]], hybrid: bool = False) -> tuple[list[list[int]], str]:
+    results = run_ranks(num_ranks, _train, plan, hybrid)
     assert all(result == results[0] for result in results)
     return results[0]
 
@@ -119,6 +128,13 @@ def test_ranks_keep_their_order_while_their_forwards_differ() -> None:
     assert reason == (
         "as a forward of every rank waited for them; at the last step some rank proposed another order, or none"
     )
+
+
+@pytest.mark.long
+def test_replicas_keep_their_order_while_their_forwards_differ() -> None:
+    """Ranks of one shard group agree among themselves, and yet must not follow what the other one does not know."""
+    launched, _ = train(4, [[SHUFFLED, SHUFFLED, [0, 1, 2, 3], [0, 1, 2, 3]], [SHUFFLED]], hybrid=True)
+    assert launched == [FIRST_LAYERS_FIRST, buckets_of(SHUFFLED)]
 
 
 def test_layers_that_did_not_run_come_first() -> None:
