@@ -118,7 +118,7 @@ class _EndHook(_Hook):
 
 
 class _EvalThenFlush:
-    """Stands for ``model.eval``: flushes first."""
+    """Stands for ``model.eval``: flushes first. A copy of the model has one of its own that has nothing to flush."""
 
     def __init__(self, model: nn.Module, hook: _Hook) -> None:
         self._model = weakref.ref(model)
@@ -131,12 +131,8 @@ class _EvalThenFlush:
         self._hook()
         return type(model).eval(model)
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return (_nothing, ())
-
-
-def _nothing() -> None:
-    return None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_EvalThenFlush, (self._model(), self._hook))
 
 
 def _forget_traces() -> None:
