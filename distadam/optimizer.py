@@ -29,6 +29,7 @@ from distadam.engine.norms import StepNorm
 from distadam.engine.observe import Observer, observe
 from distadam.engine.observers import Observers, StepObserver
 from distadam.engine.operations import GradientOperations
+from distadam.engine.order import NO_PROPOSAL, GatherOrder
 from distadam.engine.reducer import Reducer, joined_error
 from distadam.engine.shadow import ShadowHook
 from distadam.engine.stepper import KernelReport, Stepper
@@ -82,10 +83,11 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._stepper = Stepper(self._rule, self.param_groups, self._ledger, self._collectives.streams)
         self._norm = StepNorm(self._ledger, self._collectives)
         self._observers = Observers()
+        self._order = GatherOrder()
         self._reducer = Reducer(
             self._collectives,
             self._ledger,
-            Chain(self.param_groups, tuple(self.defaults)),
+            Chain(self.param_groups, tuple(self.defaults), self._order),
             shard=shard,
             precision=precision,
             comm=comm,
@@ -138,6 +140,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
                 self._step_detail(found_inf, loss_scale),
                 by_hand=True,
                 error=self._guard.check(),
+                proposal=NO_PROPOSAL if self._collectives.streams.capturing else self._order.propose(),
             )
             self._update(found_inf, loss_scale)
         return loss
@@ -145,10 +148,11 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
     def _update(self, found_inf: Tensor | None, loss_scale: Tensor | None) -> None:
         """Update and gather bucket by bucket, each as its reduction lands; then forget the gradients."""
         updated: list[Tensor] = []
+        self._order.settle(self._reducer.agreed_proposal)
         if self._observers:
             self._observers.begin_step()  # before the last step's norm is forgotten
         self._norm.begin(self._reducer.reduced)
-        for index in self._update_order:
+        for index in self._order.buckets:
             gradient, has = self._reducer.gradients[index], self._reducer.bucket_has(index)
             if 1 not in has:
                 continue  # no rank has a gradient here: bits, moments and steps stay
@@ -166,16 +170,9 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         self._guard.written(updated)
         self._reducer.reset()
         self._iterating = False
-        self.wait_buckets([index for index in self._update_order if index not in self._prefetched])
+        self.wait_buckets([index for index in self._order.buckets if index not in self._prefetched])
         if self._observers:
             self._observers.end_step()
-
-    @property
-    def _update_order(self) -> Sequence[int]:
-        # Without prefetch everything is waited for here, so what was reduced first is updated first. With it, the
-        # buckets that the next forward reads first (the last ones: buckets run backwards) come first.
-        order = range(len(self._flats))
-        return order if not self._prefetched else order[::-1]
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
@@ -295,13 +292,16 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
 
         The end of the root's forward, its ``state_dict()``, ``load_state_dict()`` and ``eval()``, and
         `full_state_dict` flush. Read a parameter elsewhere only after `flush`. ``model.load_state_dict`` also reloads
-        master weights.
+        master weights. Buckets are gathered in the order in which the forward waits for them, learned in the first
+        step and anew when it changes on all ranks alike; `kernel_report` shows it.
 
         Args:
             model: the root module; call once, on every rank.
         """
         bucket_of = {param: flat.bucket.index for flat in self._flats for param in flat.params}
-        self._prefetched |= prefetch.install(model, self, bucket_of)
+        self._prefetched |= prefetch.install(model, self, bucket_of, self._order)
+        if self._prefetched:
+            self._order.learn()
 
     def wait_buckets(self, buckets: Sequence[int]) -> None:
         """Make what follows see the parameters of these buckets. Syncs: on CPU until they have arrived."""
@@ -514,8 +514,8 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         return self._ledger.report()
 
     def kernel_report(self) -> KernelReport:
-        """Return which kernel serves which bucket and parameter group, how its bytes travel, and why."""
-        return self._stepper.report(self._flats, self._collectives.transport)
+        """Return which kernel serves which bucket and group, how its bytes travel, in which order, and why."""
+        return self._stepper.report(self._flats, self._collectives.transport, self._order)
 
     def wait_report(self) -> WaitReport:
         """Return where this rank stands: buckets that are reduced or wait, parameters whose gradient has not come.
@@ -670,6 +670,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
                 self._collectives.broadcast(value.view(-1).view(torch.uint8), f"parameter {names[param]!r}")
                 if value.data_ptr() != param.data_ptr():
                     param.data.copy_(value)
+        self._order.extend(len(self._flats))
         placed = set(self._reducer.params)
         waiting = [param for group in self.param_groups for param in group["params"] if param not in placed]
         self._reducer.set_frozen(waiting, [names[param] for param in waiting])
@@ -739,10 +740,10 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
                 self._reducer.divide_by(self._reducer.num_active)
 
     def _step_detail(self, found_inf: Tensor | None, loss_scale: Tensor | None) -> bytes:
-        """Return what a joined rank must know of this step; ranks that differ in it would launch different gathers."""
+        """Return what a joined rank must know of this step; ranks that differ in it would do different things."""
         joining = self._joining()
         return pack_floats(
-            float(bool(self._prefetched) + 2 * len(self._observers)),  # observers may communicate
+            float(len(self._observers)),  # they may communicate
             float(found_inf) if joining and found_inf is not None else 0.0,
             float(loss_scale) if joining and loss_scale is not None else 0.0,
         )

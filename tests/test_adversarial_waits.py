@@ -42,10 +42,15 @@ class Model(nn.Module):
 
 
 def used_by(rank: int, step: int) -> list[int]:
-    """Return the layers that a rank uses: all; in step 1 each rank misses one of its own; in later odd ones no last."""
+    """Return the layers that a rank uses: all; in step 1 each rank misses one of its own; in later odd ones no last.
+
+    In their order, which gathers follow where ranks agree: in steps 0 and 2, and another one in step 4.
+    """
     if step == 1:
-        return [0, 2, 3] if rank == 0 else [1, 2, 3]
-    return [0, 1, 2] if step % 2 else [0, 1, 2, 3]
+        return [0, 2, 3] if rank == 0 else [3, 2, 1]
+    if step % 2:
+        return [0, 1, 2] if rank == 0 else [2, 0, 1]
+    return [2, 0, 3, 1] if step < 4 else [1, 3, 0, 2]
 
 
 def batch(rank: int, step: int, part: int = 0) -> Tensor:

@@ -409,12 +409,15 @@ def test_kernel_report_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch
         "reason": FUSED,
         "reduce": "none",
         "reason_of_reduce": "one rank",
+        "turn": 1,
+        "reason_of_turn": "as they are reduced: nothing is prefetched",
     }
     json.dumps(report.as_dict())
     assert str(report).splitlines() == [
         "bucket  group  kernel       weights      moments  reason",
         "     0      1  torch_fused  fp32 master  fp32     torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0",
         "     1      0  torch_fused  own          fp32     torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0",
+        "order of updates and gathers: 0 1 (as they are reduced: nothing is prefetched)",
         "reduce: none (one rank)",
     ]
 

@@ -13,6 +13,7 @@ is 1. The last tests drop the waits and must see wrong results: the proof that t
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -432,6 +433,22 @@ def _read_without_hooks(rank: int) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_gradient_of_a_parameter_that_nobody_waited_for_raises(num_ranks: int) -> None:
     run_ranks(num_ranks, _read_without_hooks)
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_copy_of_a_prefetching_model_is_an_ordinary_one(copy: Callable[[nn.Module], nn.Module]) -> None:
+    model = Net()
+    optimizer = distadam.AdamW(model.named_parameters(), lr=0.02)
+    optimizer.prefetch(model)
+    _loss(model, 0, 0).backward()
+    optimizer.step()
+    twin = copy(model)
+    assert twin.eval() is twin
+    assert not twin.training
+    assert model.training
+    with mock.patch.object(distadam.ShardedOptimizer, "flush", side_effect=AssertionError), torch.no_grad():
+        assert torch.equal(twin(_tokens(0, 7)), twin.eval()(_tokens(0, 7)))
+    assert model.eval() is model
 
 
 def _masters(rank: int) -> None:

@@ -206,6 +206,13 @@ class Streams:
         """Return the current stream of a CUDA device, None elsewhere."""
         return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
+    @property
+    def capturing(self) -> bool:
+        """Whether the current CUDA stream records a graph that will be replayed as it is now."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return False
+        return torch.cuda.is_current_stream_capturing()
+
     def follow(self, device: torch.device, other: torch.cuda.Stream | None) -> None:
         """Make the current stream wait for what ``other`` has been given so far."""
         if other is not None:

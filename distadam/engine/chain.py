@@ -2,11 +2,11 @@
 
 Note [Desync]: ranks whose hyper-parameters, order of reductions or parameters differ go on without an error and train
 something that nobody meant. So each step adds to a hash what must be the same everywhere: the step's number, sizes of
-buckets, the order in which the last step's reductions were launched, every group's hyper-parameters and, where
-`distadam.diagnostics.check_ranks` asks for it, a checksum of the parameters. The hash travels with the agreement that
-each communicating call begins with (8 bytes and their complement: Note [Agreement]), so it costs no collective; where
-it differs no rank takes the step, and all raise what differs and since when. Hyper-parameters that lie on a device are
-not looked at: that would wait for it.
+buckets, the order in which the last step's reductions were launched and that of the gathers, every group's
+hyper-parameters and, where `distadam.diagnostics.check_ranks` asks for it, a checksum of the parameters. The hash
+travels with the agreement that each communicating call begins with (8 bytes and their complement: Note [Agreement]), so
+it costs no collective; where it differs no rank takes the step, and all raise what differs and since when.
+Hyper-parameters that lie on a device are not looked at: that would wait for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from distadam.engine.order import GatherOrder
 from distadam.errors import RankMismatchError, UsageError
 from distadam.layout import Bucket
 
@@ -54,15 +55,17 @@ class Chain:
     Args:
         param_groups: torch's groups.
         names: of the hyper-parameters in each group.
+        gathers: in which order buckets are gathered.
     """
 
-    def __init__(self, param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    def __init__(self, param_groups: Sequence[Mapping[str, Any]], names: Sequence[str], gathers: GatherOrder) -> None:
         self.step = 0
         self.digest = bytes(DIGEST_NBYTES)
         self.order: list[int] = []  # buckets of this step's reductions, as they were launched
         self.witness: Witness | None = None
         self._param_groups = param_groups
         self._names = names
+        self._gathers = gathers
         self._sizes: list[str] = []
         self._last_order: tuple[int, ...] = ()
         self._links: deque[Link] = deque(maxlen=_HISTORY)
@@ -90,6 +93,7 @@ class Chain:
             ("number of steps", step),
             ("sizes of buckets", tuple(self._sizes)),
             (f"order of reductions in step {self.step}", self._last_order),
+            ("order of gathers", self._gathers.buckets),
         ]
         for index, group in enumerate(self._param_groups):
             values = [group.get(name) for name in self._names]

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distadam.engine.order import GatherOrder
+
 
 class Waits(Protocol):
     """What the hooks call; the optimizer."""
@@ -47,38 +49,76 @@ class _Hook:
         return (_Hook, (None, self._method))
 
 
+class _Forward:
+    """The root's last forward, or the one under way: which modules have run.
+
+    Attributes:
+        buckets_of: of each module that owns parameters.
+        ran: their numbers, in the order in which they first ran.
+        prefetched: buckets that nothing waits for but these modules.
+    """
+
+    def __init__(self) -> None:
+        self.buckets_of: list[tuple[int, ...]] = []
+        self.ran: dict[int, None] = {}
+        self.prefetched: set[int] = set()
+
+    def silent(self) -> list[int]:
+        """Return the buckets of modules that did not run, first layers first: see Note [Read elsewhere]."""
+        silent = [buckets for number, buckets in enumerate(self.buckets_of) if number not in self.ran]
+        return sorted({bucket for buckets in silent for bucket in buckets}, reverse=True)
+
+    def waits(self) -> list[int]:
+        """Return the buckets in the order in which the next forward waits for them if it is like this one."""
+        owned = [bucket for number in self.ran for bucket in self.buckets_of[number]]
+        return [bucket for bucket in dict.fromkeys([*self.silent(), *owned]) if bucket in self.prefetched]
+
+
 class _OwnerHook(_Hook):
     """Waits for the buckets of one module, and notes that it runs."""
 
-    def __init__(self, optimizer: Waits, buckets: Sequence[int], number: int, ran: set[int]) -> None:
+    def __init__(self, optimizer: Waits, buckets: Sequence[int], number: int, forward: _Forward) -> None:
         super().__init__(optimizer, "wait_buckets", buckets)
         self._number = number
-        self._ran = ran
+        self._forward = forward
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, *_: Any, **__: Any) -> None:
-        self._ran.add(self._number)
+        self._forward.ran.setdefault(self._number)
         super().__call__()
 
 
 class _RootHook(_Hook):
     """Waits for what no module's own hook waited for in the last forward; see Note [Read elsewhere]."""
 
-    def __init__(self, optimizer: Waits, buckets_of: Sequence[Sequence[int]], ran: set[int]) -> None:
+    def __init__(self, optimizer: Waits, forward: _Forward) -> None:
         super().__init__(optimizer, "wait_buckets")
-        self._buckets_of = buckets_of
-        self._ran = ran
+        self._forward = forward
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, *_: Any, **__: Any) -> None:
-        silent = [buckets for number, buckets in enumerate(self._buckets_of) if number not in self._ran]
-        self._ran.clear()
-        self._arguments = (sorted({bucket for buckets in silent for bucket in buckets}),)
+        self._arguments = (self._forward.silent(),)
+        self._forward.ran.clear()
+        super().__call__()
+
+
+class _EndHook(_Hook):
+    """Tells in which order a forward like the one that ends waits for buckets, then flushes."""
+
+    def __init__(self, optimizer: Waits, forward: _Forward, order: GatherOrder) -> None:
+        super().__init__(optimizer, "flush")
+        self._forward = forward
+        self._order = order
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def __call__(self, *_: Any, **__: Any) -> None:
+        if torch.is_grad_enabled():
+            self._order.record(self._forward.waits())
         super().__call__()
 
 
 class _EvalThenFlush:
-    """Stands for ``model.eval``: flushes first."""
+    """Stands for ``model.eval``: flushes first. A copy of the model has one of its own that has nothing to flush."""
 
     def __init__(self, model: nn.Module, hook: _Hook) -> None:
         self._model = weakref.ref(model)
@@ -91,12 +131,8 @@ class _EvalThenFlush:
         self._hook()
         return type(model).eval(model)
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return (_nothing, ())
-
-
-def _nothing() -> None:
-    return None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_EvalThenFlush, (self._model(), self._hook))
 
 
 def _forget_traces() -> None:
@@ -107,32 +143,33 @@ def _forget_traces() -> None:
         dynamo.reset()
 
 
-def install(model: nn.Module, optimizer: Waits, bucket_of: dict[Tensor, int]) -> set[int]:
+def install(model: nn.Module, optimizer: Waits, bucket_of: dict[Tensor, int], order: GatherOrder) -> set[int]:
     """Hook ``model`` so that each module waits for the buckets it reads; return the buckets that are covered.
 
     Args:
         model: the root; every owner of a tied parameter is among its modules.
         optimizer: is held weakly.
         bucket_of: bucket index of each parameter.
+        order: learns from the forwards.
     """
     _forget_traces()
     covered: dict[nn.Parameter, int] = {}
-    buckets_of: list[tuple[int, ...]] = []
-    ran: set[int] = set()
+    forward = _Forward()
     for module in model.modules():
         owned = {param: bucket_of[param] for param in module.parameters(recurse=False) if param in bucket_of}
         if owned:
             covered |= owned
             buckets = tuple(sorted(set(owned.values())))
-            hook = _OwnerHook(optimizer, buckets, len(buckets_of), ran)
+            hook = _OwnerHook(optimizer, buckets, len(forward.buckets_of), forward)
             module.register_forward_pre_hook(hook, prepend=True)  # before hooks that read, weight_norm's for one
-            buckets_of.append(buckets)
-    model.register_forward_pre_hook(_RootHook(optimizer, buckets_of, ran), prepend=True)
+            forward.buckets_of.append(buckets)
+    model.register_forward_pre_hook(_RootHook(optimizer, forward), prepend=True)
+    model.register_forward_hook(_EndHook(optimizer, forward, order))
     flush = _Hook(optimizer, "flush")
-    model.register_forward_hook(flush)
     model.register_state_dict_pre_hook(flush)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_pre_hook(flush)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(_Hook(optimizer, "reload_parameters"))  # type: ignore[no-untyped-call]
     model.__dict__["eval"] = _EvalThenFlush(model, flush)
     outside = {bucket for param, bucket in bucket_of.items() if param not in covered}
-    return set(covered.values()) - outside
+    forward.prefetched = set(covered.values()) - outside
+    return forward.prefetched

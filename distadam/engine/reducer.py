@@ -20,6 +20,7 @@ from distadam.engine.flat_bucket import TORCH_DTYPES, FlatBucket
 from distadam.engine.gradients import Operations, ShardedGradient
 from distadam.engine.hooks import hook_placed, hook_unplaced
 from distadam.engine.ledger import Ledger
+from distadam.engine.order import NO_PROPOSAL
 from distadam.engine.rounds import BucketGradient, Pools
 from distadam.engine.votes import CALLS, Purpose, Votes
 from distadam.errors import ConfigError, RankMismatchError, UsageError
@@ -300,6 +301,7 @@ class Reducer:
         *,
         by_hand: bool = False,
         error: Exception | None = None,
+        proposal: bytes = NO_PROPOSAL,
     ) -> tuple[Purpose, bytes]:
         """Agree on what this step reduces and launch the rest of it.
 
@@ -312,6 +314,7 @@ class Reducer:
             detail: bytes that all ranks must share.
             by_hand: take ordinary tensors that the user put in ``p.grad`` too.
             error: what this rank found wrong; it is raised here, and as `RankMismatchError` on the others.
+            proposal: the order of gathers that this rank would use; see `agreed_proposal`.
 
         Returns:
             What all ranks are doing, and its detail: news for a joined rank only.
@@ -331,7 +334,8 @@ class Reducer:
                         link = self.chain.next()
                 except Exception as caught:
                     error = caught
-            agreed, agreed_detail = self._agree(Purpose.FAILED if error else purpose, detail, error, by_hand, link)
+            voted = Purpose.FAILED if error else purpose
+            agreed, agreed_detail = self._agree(voted, detail, error, by_hand, link, proposal)
             digest = self._votes.digest
             self._launch_agreed(self._votes.rounds)
             if 1 in self._votes.frozen:
@@ -364,7 +368,13 @@ class Reducer:
                 raise joined_error(purpose)
 
     def _agree(
-        self, purpose: Purpose, detail: bytes, error: Exception | None, by_hand: bool, link: Link | None
+        self,
+        purpose: Purpose,
+        detail: bytes,
+        error: Exception | None,
+        by_hand: bool,
+        link: Link | None,
+        proposal: bytes,
     ) -> tuple[Purpose, bytes]:
         votes = self._votes
         kept = bytes(self._has)
@@ -376,7 +386,7 @@ class Reducer:
         frozen = bytes(isinstance(grad, ShardedGradient) or (by_hand and grad is not None) for grad in grads)
         rounds = bytes(min(gradient.num_rounds, 255) for gradient in self.gradients)
         digest = self.chain.digest if link is None else link.digest
-        votes.cast(purpose, detail, digest, rounds, kept, discarded, frozen, self.num_active)
+        votes.cast(purpose, detail, digest, rounds, kept, discarded, frozen, self.num_active, proposal)
         call = CALLS.get(purpose, "a failed call")
         self._collectives.agree(votes.tensor, f"the agreement before {call}")
         if votes.failed:
@@ -428,6 +438,11 @@ class Reducer:
             for index, gradient in enumerate(self.gradients):
                 if rounds[index] >= number and gradient.launched < number:
                     self._launch(gradient)
+
+    @property
+    def agreed_proposal(self) -> bytes | None:
+        """What every rank proposed in the last `finish`, or None if they differ: the same on every rank."""
+        return self._votes.proposal
 
     @property
     def has_now(self) -> bytes:

@@ -13,6 +13,7 @@ from distadam.comm import Streams
 from distadam.engine.flat_bucket import FlatBucket
 from distadam.engine.ledger import Ledger
 from distadam.engine.norms import BucketSquares
+from distadam.engine.order import GatherOrder
 from distadam.engine.rounds import BucketGradient
 from distadam.engine.state import renew_history
 from distadam.kernels import Choice, GradScaling, GroupRanges, Kernel, ShardUpdate, make_kernel, select
@@ -23,30 +24,45 @@ from distadam.layout.layout import format_table
 from distadam.rules import Rule
 
 _MAX_CACHED = 64
+_MOST_SHOWN = 32
 _Choices: TypeAlias = dict[int, tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """Which kernel serves which bucket and group, how their bytes travel, and why both.
+    """Which kernel serves which bucket and group, how their bytes travel, in which order, and why all that.
 
     Args:
         rows: (bucket, group, kernel, weights, moments, reason).
         transports: by bucket: "none", "native", "exchange" or "shared", and the reason.
+        order: buckets as the next step will update and gather them, unless it learns another order.
+        reason_of_order: in words.
     """
 
     rows: tuple[tuple[int, int, str, str, str, str], ...]
     transports: tuple[tuple[str, str], ...]
+    order: tuple[int, ...]
+    reason_of_order: str
 
     def as_dict(self) -> list[dict[str, object]]:
-        """Return the rows as dictionaries, ready for JSON; ``reduce`` is how the bucket's bytes travel."""
-        names = ("bucket", "group", "kernel", "weights", "moments", "reason", "reduce", "reason_of_reduce")
-        return [dict(zip(names, (*row, *self.transports[row[0]]), strict=True)) for row in self.rows]
+        """Return the rows as dictionaries, ready for JSON.
+
+        ``reduce`` is how the bucket's bytes travel, ``turn`` its place in the order of updates and gathers.
+        """
+        own = ("bucket", "group", "kernel", "weights", "moments", "reason")
+        names = (*own, "reduce", "reason_of_reduce", "turn", "reason_of_turn")
+        turns = {bucket: turn for turn, bucket in enumerate(self.order)}
+        return [
+            dict(zip(names, (*row, *self.transports[row[0]], turns[row[0]], self.reason_of_order), strict=True))
+            for row in self.rows
+        ]
 
     def __str__(self) -> str:
         header = ("bucket", "group", "kernel", "weights", "moments", "reason")
         table = format_table([header, *[tuple(map(str, row)) for row in self.rows]], left=(2, 3, 4, 5))
-        return "\n".join([table, *(f"reduce: {how} ({why})" for how, why in dict.fromkeys(self.transports))])
+        shown = " ".join(map(str, self.order[:_MOST_SHOWN])) + (" ..." if len(self.order) > _MOST_SHOWN else "")
+        order = f"order of updates and gathers: {shown} ({self.reason_of_order})"
+        return "\n".join([table, order, *(f"reduce: {how} ({why})" for how, why in dict.fromkeys(self.transports))])
 
 
 @dataclass(slots=True)
@@ -291,15 +307,18 @@ class Stepper:
             ledger.watch("scratch", kernel.tensors)
         return kernel
 
-    def report(self, flats: Sequence[FlatBucket], transport: Callable[[torch.device], tuple[str, str]]) -> KernelReport:
-        """Return which kernel serves which bucket and group, how its bytes travel, and why."""
+    def report(
+        self, flats: Sequence[FlatBucket], transport: Callable[[torch.device], tuple[str, str]], order: GatherOrder
+    ) -> KernelReport:
+        """Return which kernel serves which bucket and group, how its bytes travel, in which order, and why."""
         rows = []
         for flat in flats:
             for group_range in flat.bucket.ranges:
                 choice = self._select(flat, self.param_groups[group_range.group])
                 stored = (flat.weights.name, flat.choice.moments)
                 rows.append((flat.bucket.index, group_range.group, choice.name, *stored, str(choice)))
-        return KernelReport(tuple(rows), tuple(transport(flat.device) for flat in flats))
+        transports = tuple(transport(flat.device) for flat in flats)
+        return KernelReport(tuple(rows), transports, order.buckets, order.reason)
 
 
 def _runs(flat: FlatBucket, pieces: Sequence[Piece], has: bytes) -> list[list[Piece]]:

@@ -3,7 +3,8 @@
 Note [Agreement]: every call that communicates (`step`, `clip_grad_norm_`, a norm of `ShardedGradient`, ...) begins with
 one all-reduce (maximum) of bytes over the hosts' group. It carries what the call is, so that ranks that call different
 things learn it instead of hanging; whether a rank failed; the hash of what all must have in common (Note [Desync]); how
-many rounds each bucket needs; and which parameters got a gradient. Hosts wait for each other here, never for a device.
+many rounds each bucket needs; in which order `step` would best gather (Note [Gather order]); and which parameters got a
+gradient. Hosts wait for each other here, never for a device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import pairwise
 import torch
 
 from distadam.engine.chain import DIGEST_NBYTES
+from distadam.engine.order import NO_PROPOSAL, PROPOSAL_NBYTES
 
 
 class Purpose(IntEnum):
@@ -61,14 +63,17 @@ CALLS = {
 
 _DETAIL = 24
 _DIGEST = 2 + 2 * _DETAIL
-_JOINED = _DIGEST + 2 * DIGEST_NBYTES
+_PROPOSAL = _DIGEST + 2 * DIGEST_NBYTES
+_JOINED = _PROPOSAL + 2 * PROPOSAL_NBYTES
 _ACTIVE = _JOINED + 1
 _HEADER = _ACTIVE + 2
 _COMPLEMENTS = bytes(range(255, -1, -1))
 
 
 class Votes:
-    """A byte vector: purpose, detail, hash, each with its complement so that the maximum shows a difference; sections.
+    """A byte vector: purpose, detail, hash, proposal, each with its complement so that the maximum shows a difference.
+
+    Sections follow, whose bytes are combined one by one.
 
     Args:
         num_buckets: buckets, one byte each: rounds needed.
@@ -95,15 +100,17 @@ class Votes:
         discarded: bytes,
         frozen: bytes,
         num_active: int = 0,
+        proposal: bytes = NO_PROPOSAL,
     ) -> None:
         """Write this rank's votes."""
         data = self._data
         padded = detail.ljust(_DETAIL, b"\0")[:_DETAIL]
+        proposed = proposal + _complement(proposal)
         if purpose is Purpose.JOINED:
-            data[:_HEADER] = bytes(_JOINED) + b"\1" + bytes(2)
+            data[:_HEADER] = bytes(_PROPOSAL) + proposed + b"\1" + bytes(2)
         else:
             data[0], data[1] = purpose, 255 - purpose
-            shown = padded + _complement(padded) + digest + _complement(digest)
+            shown = padded + _complement(padded) + digest + _complement(digest) + proposed
             data[2:_ACTIVE] = shown + b"\0"
             data[_ACTIVE:_HEADER] = num_active.to_bytes(2, "big")
         for section, value in zip(self._sections, (rounds, has, discarded, frozen), strict=True):
@@ -138,6 +145,11 @@ class Votes:
     def digest(self) -> bytes | None:
         """The hash of what ranks have in common, or None if they differ."""
         return self._same(_DIGEST, DIGEST_NBYTES)
+
+    @property
+    def proposal(self) -> bytes | None:
+        """The order of gathers that every rank proposed, or None if they differ; a joined rank proposes nothing."""
+        return self._same(_PROPOSAL, PROPOSAL_NBYTES)
 
     def _same(self, start: int, nbytes: int) -> bytes | None:
         largest, other = bytes(self._data[start : start + nbytes]), self._data[start + nbytes : start + 2 * nbytes]

@@ -62,8 +62,8 @@ def plan(
     """
     layout = Layout.build(params, num_shards=num_shards, bucket_nbytes=max(1, int(bucket_mb * 2**20)))
     owned = [(bucket, bucket.shard_numel) for bucket in layout.buckets]
-    # One rank sends nothing: the full buffer is the gradient. 16-bit ones are counted as widened to fp32, as clipping and
-    # torch's kernels do; the compiled kernel and Triton's read them as they are.
+    # One rank sends nothing: the full buffer is the gradient. 16-bit ones are counted as widened to fp32, as for
+    # clipping and torch's kernels; the compiled kernel and Triton's read them as they are.
     alone = num_shards == 1
     full: dict[tuple[str, str], list[int]] = {}
     for bucket in layout.buckets:
