@@ -6,10 +6,8 @@ bits: sums of float values are those of `Exchange`, whose order is that of a bin
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -25,16 +23,19 @@ from distadam.comm import collectives as collectives_module
 from distadam.comm import exchange as exchange_module
 from distadam.comm.exchange import Exchange
 from distadam.comm.hosts import Hosts, machine_identity
-from distadam.comm.mesh import READ, READY, Mesh
+from distadam.comm.mesh import READ, Mesh
 from distadam.comm.mixed import Mixed, MixedJob
 from distadam.comm.shared import SharedMemory, meet
 from distadam.errors import CommError, ConfigError
+from tests import test_reports, test_shared
 from tests.ranks import Pool, RanksFailed, run_ranks
 from tests.staggered import counts_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGNED = ((0, 1), (2, 3))
 INTERLEAVED = ((0, 2), (1, 3))
+SEPARATE = ((0,), (1,), (2,), (3,))
+UNEVEN = ((0, 1, 2), (3,))
 THREE_HOSTS = ((0, 1), (2, 3), (4, 5))
 FOURS = ((0, 1, 2, 3), (4, 5, 6, 7))
 PLACEMENTS = [ALIGNED, INTERLEAVED, *(pytest.param(wide, marks=pytest.mark.long) for wide in (THREE_HOSTS, FOURS))]
@@ -152,13 +153,270 @@ def _same_as_exchange(rank: int, placement: Placement, scratch_nbytes: int) -> N
         assert torch.equal(found, torch.full((64,), float(num_ranks)))
         over.all_gather(private, torch.full((64,), float(rank))).wait()
         assert torch.equal(private, torch.arange(float(num_ranks)).repeat_interleave(64))
-        over.all_reduce(total := torch.arange(100.0))
-        over.exchange.all_reduce(again := torch.zeros(1)).wait()
+        over.all_reduce(total := torch.arange(100.0)).wait()
         assert torch.equal(total, num_ranks * torch.arange(100.0))
-        del again
 
 
 @pytest.mark.parametrize("scratch_nbytes", [exchange_module.SCRATCH_NBYTES, 1])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_results_have_the_bits_of_exchange_in_any_amount_of_memory(placement: Placement, scratch_nbytes: int) -> None:
     run_ranks(_num_ranks(placement), _same_as_exchange, placement, scratch_nbytes)
+
+
+def _reuses(rank: int, waits: bool) -> list[bool]:
+    """Overwrite buffers after the own result, with or without waiting for a peer, which is late, to have read them."""
+    over, shard, full_wait, full_look = _mixed(rank, ALIGNED), torch.empty(64), Mesh.wait, Mixed.look
+
+    def wait(mesh: Mesh, kind: int, number: int, timeout_s: float) -> dict[int, int]:
+        return full_wait(mesh, kind, number, timeout_s) if waits or kind != READ else {}
+
+    def look(mixed: Mixed, number: int, full: Tensor) -> dict[int, Tensor]:
+        found = full_look(mixed, number, full)
+        if rank == 1:
+            time.sleep(0.5)
+        return found
+
+    right = []
+    with mock.patch.object(Mesh, "wait", wait), mock.patch.object(Mixed, "look", look):
+        full = over.memory.empty(4 * 64, torch.float32).fill_(rank + 1.0)
+        over.reduce_scatter(shard, full).wait()
+        full.fill_(-1.0)
+        dist.barrier()
+        right.append(bool((shard == 10).all()))
+        over.all_gather(full, torch.full((64,), float(rank))).wait()
+        right.append(torch.equal(full, torch.arange(4.0).repeat_interleave(64)))
+        full.fill_(-1.0)
+        dist.barrier()
+    return right
+
+
+def test_buffers_are_overwritten_only_after_the_host_has_read_them() -> None:
+    assert run_ranks(4, _reuses, True) == [[True, True]] * 4
+    assert run_ranks(4, _reuses, False)[1] == [False, False]
+
+
+def _goes_ahead(rank: int, alone: bool) -> bool:
+    """Launch two sums; rank 1 launches the second one after the first is done on all."""
+    put, over = Exchange.put, _mixed(rank, ALIGNED, timeout_s=2.0)
+
+    def hasty(exchange: Exchange, *args: Any, **options: Any) -> None:
+        put(exchange, *args, **options | {"alone": False})
+
+    buffers = [over.memory.empty(4 * 64, torch.float32).fill_(1.0) for _ in range(2)]
+    shards = [torch.empty(64) for _ in range(2)]
+    with mock.patch.object(Exchange, "put", put if alone else hasty):
+        if rank == 1:
+            time.sleep(0.3)  # others have launched both by then
+        jobs = [over.reduce_scatter(shards[index], buffers[index]) for index in range(1 if rank == 1 else 2)]
+        jobs[0].wait()
+        dist.barrier()
+        if rank == 1:
+            jobs.append(over.reduce_scatter(shards[1], buffers[1]))
+        jobs[1].wait()
+    return all(bool((shard == 4).all()) for shard in shards)
+
+
+def test_sum_that_waits_for_a_peer_to_launch_holds_up_no_sum_before_it() -> None:
+    assert run_ranks(4, _goes_ahead, True) == [True] * 4
+    pool = Pool(4, timeout_s=2.0)
+    try:
+        with pytest.raises(RanksFailed) as failed:
+            pool.run(_goes_ahead, False)
+    finally:
+        pool.close()
+    assert "nothing came from rank 1" in failed.value.errors[0][1]
+
+
+# The optimizer --------------------------------------------------------------------------------------------------------
+
+
+def _on_hosts(rank: int, placement: Placement, function: Callable[..., Any], *args: Any) -> Any:
+    with _placed(rank, placement):
+        return function(rank, *args)
+
+
+@pytest.mark.parametrize(
+    ("placement", "dtype", "prefetch"),
+    [(ALIGNED, torch.bfloat16, True), (INTERLEAVED, torch.float32, True), (ALIGNED, torch.float32, False)],
+)
+def test_training_has_the_bits_of_exchange(placement: Placement, dtype: torch.dtype, prefetch: bool) -> None:
+    """Clipping, accumulation, absent gradients, a thawed parameter and loading a state included."""
+    expected = run_ranks(4, _on_hosts, SEPARATE, test_shared._train, False, dtype, prefetch)
+    for found in run_ranks(4, _on_hosts, placement, test_shared._train, False, dtype, prefetch):
+        assert len(found) == len(expected[0])
+        assert all(map(torch.equal, found, expected[0]))
+
+
+WIDTH = 1200  # 1.44 M elements, 5.5 MiB in float32
+
+
+def _train_on_integers(rank: int, reduce: Any, wire: torch.dtype | None) -> tuple[str, Tensor]:
+    """Return how bytes travelled, and a large parameter after two steps."""
+    param = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+    precision = PrecisionPolicy(reduce_dtype=wire)
+    optimizer = distadam.AdamW([("large", param)], lr=0.1, comm=CommPolicy(reduce=reduce), precision=precision)
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        (param * torch.randint(-4, 5, (WIDTH, WIDTH), generator=generator)).sum().backward()
+        optimizer.step()
+    return str(optimizer.kernel_report()), param.detach()
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_large_buckets_of_integer_gradients_have_the_bits_of_native(wire: torch.dtype | None) -> None:
+    expected = run_ranks(4, _train_on_integers, "native", wire)[0][1]
+    for placement in (ALIGNED, INTERLEAVED):
+        for report, found in run_ranks(4, _on_hosts, placement, _train_on_integers, "auto", wire):
+            assert "2 hosts with 2 ranks each" in report
+            assert torch.equal(found, expected)
+
+
+def _count_messages(rank: int, placement: Placement, wire: torch.dtype | None) -> tuple[dict[int, int], dict[str, int]]:
+    """Return the bytes of a step by the rank that they go to, and what statistics claim."""
+    sent: dict[int, int] = {}
+    post = exchange_module._Chunk.post
+
+    class Counted:
+        def __init__(self, group: Any) -> None:
+            self.recv, self._send = group.recv, group.send
+
+        def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
+            sent[peer] = sent.get(peer, 0) + tensors[0].nbytes
+            return self._send(tensors, peer, tag)
+
+    with _placed(rank, placement):
+        param = nn.Parameter(torch.zeros(4 * 6400))
+        optimizer = distadam.SGD([param], precision=PrecisionPolicy(reduce_dtype=wire))
+    optimizer.comm_stats.clear()
+    with mock.patch.object(exchange_module._Chunk, "post", lambda chunk, group: post(chunk, Counted(group))):
+        param.sum().backward()
+        optimizer.step()
+    return sent, optimizer.comm_stats.payload_nbytes
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_each_byte_crosses_between_hosts_once(wire: torch.dtype | None) -> None:
+    shard_nbytes = 4 * 6400
+    for rank, (sent, claimed) in enumerate(run_ranks(4, _count_messages, ALIGNED, wire)):
+        assert sent == {(rank + 2) % 4: 2 * shard_nbytes}  # a partial sum in float32, and the updated shard
+        assert claimed["reduce_scatter"] == claimed["all_gather"] == shard_nbytes
+    for rank, (sent, claimed) in enumerate(run_ranks(4, _count_messages, INTERLEAVED, wire)):
+        gradient = shard_nbytes * (wire or torch.float32).itemsize // 4
+        assert sent == {peer: gradient + shard_nbytes * (peer == rank ^ 1) for peer in range(4) if peer != rank}
+        assert claimed["reduce_scatter"] == 3 * gradient
+        assert claimed["all_gather"] == shard_nbytes
+
+
+@counts_bytes
+def _watched(rank: int, placement: Placement) -> tuple[list[str], int]:
+    return _on_hosts(rank, placement, test_reports._watch_a_run, "adamw", torch.bfloat16, 2, {})
+
+
+def test_memory_report_is_the_sum_of_live_storages() -> None:
+    for wrong, num_checks in run_ranks(4, _watched, ALIGNED):
+        assert wrong == []
+        assert num_checks > 20
+
+
+def _scratch(rank: int, placement: Placement) -> int:
+    with _placed(rank, placement):
+        param = nn.Parameter(torch.zeros(4 * (1 << 20)))
+        optimizer = distadam.SGD([param])
+    param.sum().backward()
+    optimizer.step()
+    return sum(tensor.nbytes for tensor in optimizer._collectives.scratch())
+
+
+def test_scratch_is_bounded() -> None:
+    blocks = 2 * 2 * 131_072 * 4  # each tree adds up by blocks, two deep
+    assert run_ranks(4, _scratch, ALIGNED) == [exchange_module.SCRATCH_NBYTES + blocks] * 4
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def _says(rank: int, placement: Placement, reduce: Any, share: bool) -> str:
+    with _placed(rank, placement):
+        try:
+            optimizer = distadam.SGD(
+                [nn.Parameter(torch.ones(100))],
+                comm=CommPolicy(reduce=reduce),
+                shard=ShardPolicy(share_parameters=share),
+            )
+        except ConfigError as error:
+            return str(error)
+    row = optimizer.kernel_report().as_dict()[0]
+    return f"{row['reduce']}: {row['reason_of_reduce']}"
+
+
+@pytest.mark.parametrize(
+    ("placement", "reduce", "expected"),
+    [
+        (ALIGNED, "auto", "shared: 2 hosts with 2 ranks each: by memory on a host, by messages between them"),
+        (ALIGNED, "shared", 'shared: CommPolicy(reduce="shared"), 2 hosts with 2 ranks each: by memory on a host, by'),
+        (ALIGNED, "exchange", 'exchange: CommPolicy(reduce="exchange")'),
+        (INTERLEAVED, "auto", "sums by messages alone, since ranks of one host do not follow each other in the group"),
+        (UNEVEN, "auto", "exchange: gloo's own reduce-scatter sends twice the bytes; hosts hold 3 and 1 ranks of the"),
+        (UNEVEN, "shared", "but found that hosts hold 3 and 1 ranks of the shard group, not equally many; use"),
+        (SEPARATE, "auto", "sends twice the bytes; each rank of the shard group has a host of its own"),
+    ],
+)
+def test_kernel_report_and_errors_say_how_ranks_lie(placement: Placement, reduce: str, expected: str) -> None:
+    for said in run_ranks(4, _says, placement, reduce, False):
+        assert expected in said
+
+
+def test_parameters_are_not_shared_between_hosts() -> None:
+    for said in run_ranks(4, _says, ALIGNED, "auto", True):
+        assert "share_parameters=True" in said
+        assert "of one host" in said
+
+
+# Peers that are gone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phase", "how"),
+    [
+        ("backward", "killed"),
+        ("gather", "killed"),
+        pytest.param("backward", "stopped", marks=pytest.mark.long),
+        pytest.param("gather", "stopped", marks=pytest.mark.long),
+        pytest.param("construction", "killed", marks=pytest.mark.long),
+    ],
+)
+def test_peer_that_is_gone_is_a_comm_error_on_both_hosts(phase: str, how: str) -> None:
+    pool = Pool(4, timeout_s=2.0)
+    try:
+        with pytest.raises(RanksFailed) as failed:
+            pool.run(_on_hosts, ALIGNED, test_shared._lose_a_peer, phase, how, timeout_s=20.0)
+        for rank in range(3):
+            kind, text = failed.value.errors[rank]
+            assert kind == CommError.__name__, text
+        assert failed.value.errors[3][0] in ("Died", "Hang")
+    finally:
+        pool.close()
+
+
+def _misses(rank: int, phase: str) -> str:
+    """Let rank 1 not launch; return what another one says."""
+    over = _mixed(rank, ALIGNED, timeout_s=1.0)
+    full, shard = over.memory.empty(4 * 64, torch.float32).zero_(), torch.zeros(64)
+    if rank == 1:
+        time.sleep(3.0)
+        return ""
+    job = over.reduce_scatter(shard, full) if phase == "sum" else over.all_gather(full, shard)
+    with pytest.raises(RuntimeError) as raised:
+        job.wait()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("phase", ["sum", "gather"])
+def test_silent_peer_is_named(phase: str) -> None:
+    pool = Pool(4)
+    try:
+        said = pool.run(_misses, phase)
+    finally:
+        pool.close()
+    assert "nothing came from rank 1 within 1 s" in said[0]
+    assert "nothing comes from rank 1" in said[3]
