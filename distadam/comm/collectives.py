@@ -165,7 +165,7 @@ class Collectives:
             return self._reduce, f'CommPolicy(reduce="{self._reduce}")' + (f", {self.hosts}" if several else "")
         if device.type == "cpu" and self.memory is not None:
             return "shared", str(self.hosts)
-        beside = f"; {self.hosts.unshared}" if self.hosts is not None and self.hosts.unshared else ""
+        beside = f"; {self.unshared}" if self.hosts is not None and self.unshared else ""
         if backends == ["gloo"]:
             return "exchange", f"gloo's own reduce-scatter sends twice the bytes{beside}"
         if backends == ["mpi4py"]:
