@@ -21,6 +21,7 @@ import distadam
 from distadam import CommPolicy, PrecisionPolicy, ShardPolicy
 from distadam.comm import collectives as collectives_module
 from distadam.comm import exchange as exchange_module
+from distadam.comm import mesh as mesh_module
 from distadam.comm.exchange import Exchange
 from distadam.comm.hosts import Hosts, machine_identity
 from distadam.comm.mesh import READ, Mesh
@@ -237,7 +238,11 @@ def _on_hosts(rank: int, placement: Placement, function: Callable[..., Any], *ar
 
 @pytest.mark.parametrize(
     ("placement", "dtype", "prefetch"),
-    [(ALIGNED, torch.bfloat16, True), (INTERLEAVED, torch.float32, True), (ALIGNED, torch.float32, False)],
+    [
+        (ALIGNED, torch.bfloat16, True),
+        (INTERLEAVED, torch.float32, True),
+        pytest.param(ALIGNED, torch.float32, False, marks=pytest.mark.long),
+    ],
 )
 def test_training_has_the_bits_of_exchange(placement: Placement, dtype: torch.dtype, prefetch: bool) -> None:
     """Clipping, accumulation, absent gradients, a thawed parameter and loading a state included."""
@@ -364,6 +369,21 @@ def _says(rank: int, placement: Placement, reduce: Any, share: bool) -> str:
 def test_kernel_report_and_errors_say_how_ranks_lie(placement: Placement, reduce: str, expected: str) -> None:
     for said in run_ranks(4, _says, placement, reduce, False):
         assert expected in said
+
+
+def _says_without_sockets(rank: int, reduce: Any) -> str:
+    """Say how bytes travel where one rank of a host cannot be reached by the other."""
+    with mock.patch.object(
+        mesh_module.secrets, "token_hex", side_effect=OSError if rank == 3 else lambda _: f"test-{rank}"
+    ):
+        return _says(rank, ALIGNED, reduce, False)
+
+
+@pytest.mark.parametrize("reduce", ["auto", "shared"])
+def test_all_exchange_where_one_host_shares_no_memory(reduce: str) -> None:
+    for said in run_ranks(4, _says_without_sockets, reduce):
+        assert "ranks of one host could not open each other's memory" in said
+        assert said.startswith('CommPolicy(reduce="shared") expected' if reduce == "shared" else "exchange: ")
 
 
 def test_parameters_are_not_shared_between_hosts() -> None:

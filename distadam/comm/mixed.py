@@ -59,11 +59,11 @@ class Mixed:
         self.hosts = hosts
         self.timeout_s = timeout_s
         self.rank = rank
-        self.local = hosts.local(rank)
+        self.columns = [hosts.across(other) for other in hosts.local(rank)]  # by place: one rank of each host
         self.across = hosts.across(rank)
         host = self.across.index(rank)
         self.peers = [*self.across[host + 1 :], *self.across[:host]]  # each begins with the next host
-        self.tree_of_ranks = TreeSum(len(self.local))
+        self.tree_of_ranks = TreeSum(len(self.columns))
         self.tree_of_hosts = TreeSum(len(self.across))
 
     def scratch(self) -> list[Tensor]:
@@ -107,7 +107,7 @@ class Mixed:
         def copy(_: dict[int, Tensor]) -> None:
             self.memory.mesh.tell(READY, number, segment)
             for place, theirs in self.look(number, full).items():
-                for rank in self.hosts.across(self.local[place]):
+                for rank in self.columns[place]:
                     parts[rank].copy_(torch.split(theirs, shard.numel())[rank])
             self.memory.mesh.tell(READ, number)
             self.memory.mesh.wait(READ, number, self.timeout_s)
