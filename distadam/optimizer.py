@@ -594,9 +594,9 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         places.check_params(names)
         shard, precision, comm, offload = self._policies
         groups = self._collectives.groups
-        one_host = self._collectives.memory is not None or groups.num_shards == 1
+        one_host = self._collectives.on_one_host or groups.num_shards == 1
         places.storage_choices(self.param_groups, names, precision, self._rule.name)
-        places.check_reduce(names, comm.reduce, one_host)
+        places.check_reduce(names, comm.reduce, self._collectives.unshared)
         places.check_sharing(names, shard.share_parameters, one_host)
         return [
             ("optimizer", type(self).__name__),

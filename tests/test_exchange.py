@@ -72,7 +72,7 @@ def _collectives(rank: int, num_ranks: int, scratch_nbytes: int) -> None:
                 assert torch.equal(shard, expected[rank])
                 assert torch.equal(whole, torch.cat([full[:numel] for full in every]))
                 assert torch.equal(total, _tree([full[:numel].to(_wide(dtype)) for full in every]))
-        received = sum(buffer.numel() for buffer in over._receive_buffers)
+        received = sum(buffer.numel() for buffer in over._buffers)
         assert received <= max(scratch_nbytes, 2 * 64 * 8 * (num_ranks - 1))
 
 
@@ -180,7 +180,7 @@ def _count_messages(rank: int, num_ranks: int, dtype: torch.dtype) -> tuple[int,
     post = exchange._Chunk.post
 
     def count(chunk: Any, group: Any) -> None:
-        sent.extend(tensor.nbytes for _, tensor in chunk._sends)
+        sent.extend(tensor.nbytes for _, tensor in chunk._sends())
         post(chunk, group)
 
     with mock.patch.object(exchange._Chunk, "post", count):
@@ -273,7 +273,7 @@ def test_error_names_the_operation_and_the_peer() -> None:
     job, group = exchange.Job(), mock.Mock()
     group.recv.return_value.wait.side_effect = RuntimeError("timed out")
     worker = exchange._Worker(group, timedelta(seconds=1))
-    chunk = exchange._Chunk(job, 0, [], lambda: [(1, torch.ones(1))])
+    chunk = exchange._Chunk(job, 0, lambda: [], lambda: [(1, torch.ones(1))])
     for item in (chunk, None):
         worker.chunks.put(item)
     with mock.patch.object(exchange.dist, "get_global_rank", lambda _, peer: 10 + peer):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import distadam
 from distadam import CommPolicy, ShardPolicy
+from distadam.comm import collectives as collectives_module
 from distadam.comm import mesh as mesh_module
 from distadam.comm import shared as shared_module
 from distadam.comm.exchange import Exchange
@@ -149,7 +150,7 @@ def _memory(rank: int) -> SharedMemory:
         dist.all_gather_object(answers, value)
         return answers
 
-    memory = meet([f"rank {other}" for other in range(num_ranks)], rank, swap)
+    memory = meet([f"rank {other}" for other in range(num_ranks)], rank, range(num_ranks), swap)
     assert memory is not None
     return memory
 
@@ -394,7 +395,7 @@ def _refused(rank: int, case: str) -> str:
     comm = CommPolicy(reduce="exchange") if case == "exchange" else CommPolicy()
     identity = f"host {rank}" if case == "two hosts" else "one host"
     with (
-        mock.patch.object(mesh_module, "machine_identity", return_value=identity),
+        mock.patch.object(collectives_module, "machine_identity", return_value=identity),
         pytest.raises(ConfigError) as raised,
     ):
         distadam.SGD(params, shard=shard, comm=comm)
@@ -408,7 +409,7 @@ def test_sharing_is_refused_where_ranks_share_no_memory(case: str) -> None:
 
 
 def _transport(rank: int) -> str:
-    with mock.patch.object(mesh_module, "machine_identity", return_value=f"host {rank}"):
+    with mock.patch.object(collectives_module, "machine_identity", return_value=f"host {rank}"):
         optimizer = distadam.SGD([nn.Parameter(torch.ones(100))])
     return str(optimizer.kernel_report().as_dict()[0]["reduce"])
 

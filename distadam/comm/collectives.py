@@ -21,6 +21,8 @@ from torch.distributed import ProcessGroup
 
 from distadam.comm.exchange import Exchange
 from distadam.comm.groups import Groups, count_call, silence_s
+from distadam.comm.hosts import Hosts, machine_identity
+from distadam.comm.mixed import Mixed
 from distadam.comm.phase import note
 from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
 from distadam.comm.streams import DONE, Pending, Streams, Work
@@ -37,7 +39,8 @@ class CollectiveStats:
     """Calls and payload bytes of this rank, by operation.
 
     Payload is what the operation must send from this rank: (n-1)/n of the full buffer for a reduce-scatter or an
-    all-gather over n ranks, the buffer times 2(n-1)/n for an all-reduce. What a backend really sends may be more.
+    all-gather over n ranks, the buffer times 2(n-1)/n for an all-reduce; where hosts share memory inside and exchange
+    messages between them, what goes to other hosts. What a backend really sends may be more.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -72,13 +75,39 @@ class Collectives:
         self._timeout_s = timeout_s
         self._reduce = reduce
         self._num_private = 0
-        self._exchanges: dict[ProcessGroup, Exchange | Shared] = {}
+        self._exchanges: dict[ProcessGroup, Exchange | Shared | Mixed] = {}
+        self.hosts: Hosts | None = None
         self.memory: SharedMemory | None = None
         if reduce in ("auto", "shared") and groups.shard_control is not None and _has_cpu(groups.shard):
-            names = [f"rank {rank}" for rank in dist.get_process_group_ranks(groups.shard_control)]
-            what = "looking for ranks on this host"
-            self.memory = meet(names, groups.shard_rank, lambda value: self._swap(value, groups.shard_control, what))
-        self._shares_parameters = share_parameters and self.memory is not None
+            self._find_hosts()
+        self._shares_parameters = share_parameters and self.on_one_host
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether all ranks of the shard group read each other's memory."""
+        return self.memory is not None and self.hosts is not None and len(self.hosts.ranks) == 1
+
+    @property
+    def unshared(self) -> str:
+        """Why ranks of one host do not read each other's memory; empty where they do, and for one rank."""
+        if self.memory is not None or self.groups.shard is None:
+            return ""
+        if self.hosts is None:
+            return "the process group has no backend for CPU tensors"
+        return (
+            self.hosts.unshared or "ranks of one host could not open each other's memory (`distadam doctor` says why)"
+        )
+
+    def _find_hosts(self) -> None:
+        control, rank = self.groups.shard_control, self.groups.shard_rank
+
+        def swap(value: Any) -> list[Any]:
+            return self._swap(value, control, "looking for ranks on this host")
+
+        self.hosts = Hosts.of(swap(machine_identity()))
+        if not self.hosts.unshared:
+            names = [f"rank {other}" for other in dist.get_process_group_ranks(control)]
+            self.memory = meet(names, rank, self.hosts.local(rank), swap)
 
     def _swap(self, value: Any, group: ProcessGroup | None, what: str) -> list[Any]:
         answers: list[Any] = [None] * dist.get_world_size(group)
@@ -132,13 +161,16 @@ class Collectives:
             return "none", "one rank"
         backends = sorted({group._get_backend(device).name() for group in data} if device.type == "cpu" else set())
         if self._reduce != "auto":
-            return self._reduce, f'CommPolicy(reduce="{self._reduce}")'
+            several = self.memory is not None and not self.on_one_host
+            return self._reduce, f'CommPolicy(reduce="{self._reduce}")' + (f", {self.hosts}" if several else "")
         if device.type == "cpu" and self.memory is not None:
-            return "shared", "the ranks of the shard group are processes of one host"
+            return "shared", str(self.hosts)
+        beside = f"; {self.unshared}" if self.hosts is not None and self.unshared else ""
         if backends == ["gloo"]:
-            return "exchange", "gloo's own reduce-scatter sends twice the bytes"
+            return "exchange", f"gloo's own reduce-scatter sends twice the bytes{beside}"
         if backends == ["mpi4py"]:
-            return "exchange", "MPI's own reduce-scatter adds up in an order of its own, and knows no 16-bit numbers"
+            why = "MPI's own reduce-scatter adds up in an order of its own, and knows no 16-bit numbers"
+            return "exchange", f"{why}{beside}"
         return "native", f"the backend of {device.type} tensors has its own"
 
     def landing_dtype(self, wire: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
@@ -152,16 +184,19 @@ class Collectives:
         """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group."""
         return [tensor for exchange in self._exchanges.values() for tensor in exchange.scratch()]
 
-    def _exchange_over(self, group: ProcessGroup) -> Exchange | Shared:
+    def _exchange_over(self, group: ProcessGroup) -> Exchange | Shared | Mixed:
         if group not in self._exchanges:
-            if self.memory is not None and group is self.groups.shard:
-                timeout_s = self._timeout_s  # a closure over self would keep it alive
-                self._exchanges[group] = Shared(
-                    self.memory, lambda: Exchange(group, timeout_s), silence_s(group, timeout_s)
-                )
-            else:
-                self._exchanges[group] = Exchange(group, self._timeout_s)
+            self._exchanges[group] = self._make_exchange(group)
         return self._exchanges[group]
+
+    def _make_exchange(self, group: ProcessGroup) -> Exchange | Shared | Mixed:
+        timeout_s = self._timeout_s  # a closure over self would keep it alive
+        if self.memory is None or self.hosts is None or group is not self.groups.shard:
+            return Exchange(group, timeout_s)
+        silent_s = silence_s(group, timeout_s)
+        if self.on_one_host:
+            return Shared(self.memory, lambda: Exchange(group, timeout_s), silent_s)
+        return Mixed(self.memory, Exchange(group, timeout_s), self.hosts, self.groups.shard_rank, silent_s)
 
     def reduce_scatter(self, shard: Tensor, full: Tensor, what: str) -> Pending:
         """Sum ``full`` over all ranks into this rank's ``shard``; never average (contract 2.3.3).
@@ -281,9 +316,6 @@ class Collectives:
         what: str,
         after: Callable[[], object] | None = None,
     ) -> Pending:
-        num_ranks = dist.get_world_size(group)
-        factor = {"all_reduce": 2, "agree": 2}.get(name, 1)
-        self.stats.add(name, factor * buffer.nbytes * (num_ranks - 1) // num_ranks)
         label = f"{name} of {what} on rank {self.groups.rank} of {self.groups.num_ranks}"
         if group is not None:
             count_call(group)
@@ -292,6 +324,9 @@ class Collectives:
             work = call(*args, group=group, async_op=True)
         except RuntimeError as error:
             raise self._failure(f"{label} could not start: {error}") from error
+        num_ranks, factor = dist.get_world_size(group), {"all_reduce": 2, "agree": 2}.get(name, 1)
+        payload_nbytes = factor * buffer.nbytes * (num_ranks - 1) // num_ranks
+        self.stats.add(name, getattr(work, "payload_nbytes", payload_nbytes))
         return Pending(work, label, self._timeout_s, after, self.on_failure)
 
 

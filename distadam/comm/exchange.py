@@ -85,7 +85,7 @@ class _Chunk:
     Args:
         job: whose part it is.
         tag: what its messages are matched by.
-        sends: (peer, tensor).
+        sends: returns (peer, tensor), once receives are posted.
         receives: returns (peer, tensor), when the chunk before the last one is done.
         then: what to do with received tensors by peer.
         last: whether the job is done then.
@@ -96,7 +96,7 @@ class _Chunk:
         self,
         job: Job,
         tag: int,
-        sends: Peers,
+        sends: Callable[[], Peers],
         receives: Callable[[], Peers],
         then: Callable[[dict[int, Tensor]], None] | None = None,
         *,
@@ -111,6 +111,7 @@ class _Chunk:
         self._receives = receives
         self._then = then
         self._received: dict[int, Tensor] = {}
+        self._sent: Peers = ()
         self._works: list[tuple[str, int, Any]] = []
 
     def post(self, group: ProcessGroup) -> None:
@@ -119,7 +120,8 @@ class _Chunk:
         for peer, tensor in self._received.items():
             if tensor.numel():
                 self._works.append(("comes from", peer, group.recv([tensor], peer, self._tag)))
-        for peer, tensor in self._sends:
+        self._sent = self._sends()
+        for peer, tensor in self._sent:
             if tensor.numel():
                 self._works.append(("goes to", peer, group.send([tensor], peer, self._tag)))
 
@@ -150,7 +152,7 @@ class Exchange:
     def __init__(self, group: ProcessGroup, timeout_s: float | None) -> None:
         self._group = group
         self._rank, self._num_ranks = group.rank(), group.size()
-        self._receive_buffers: list[Tensor] = []
+        self._buffers: list[Tensor] = []
         self._turn = 0
         self._tree = TreeSum(self._num_ranks)
         self._worker = _Worker(group, None if timeout_s is None else timedelta(seconds=timeout_s))
@@ -160,7 +162,7 @@ class Exchange:
 
     def scratch(self) -> list[Tensor]:
         """Return the buffers that are kept, for the memory report."""
-        return [*self._receive_buffers, *self._tree.scratch]
+        return [*self._buffers, *self._tree.scratch]
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> Job:
         """Sum ``full`` over ranks into this rank's ``shard``, which may be wider; both are contiguous.
@@ -199,30 +201,36 @@ class Exchange:
         peers = self._peers()
         sends = [(peer, parts[self._rank]) for peer in peers]
         receives = [(peer, parts[peer]) for peer in peers]
-        self._put(job, sends, lambda: receives, alone=alone)
+        self.put(job, lambda: sends, lambda: receives, alone=alone)
         return job
 
-    def _put(self, job: Job, *parts: Any, **options: Any) -> None:
-        self._worker.chunks.put(_Chunk(job, _tag(self._group), *parts, **options))
+    def put(
+        self,
+        job: Job,
+        sends: Callable[[], Peers],
+        receives: Callable[[], Peers],
+        then: Callable[[dict[int, Tensor]], None] | None = None,
+        *,
+        last: bool = True,
+        alone: bool = False,
+    ) -> None:
+        """Have the worker carry out a part of a job behind what was put before; for the arguments see `_Chunk`."""
+        self._worker.chunks.put(_Chunk(job, _tag(self._group), sends, receives, then, last=last, alone=alone))
 
     def _reduce(self, out: Tensor, parts: Sequence[Tensor]) -> Job:
-        job, peers, longest, itemsize = Job(), self._peers(), parts[0].numel(), parts[0].element_size()
-        most = max(_ALIGN, SCRATCH_NBYTES // (2 * len(peers) * itemsize) // _ALIGN * _ALIGN)
-        numel = min(most, longest)
-        self._reserve(numel * itemsize * len(peers), out)
-        for start in range(0, max(1, longest), max(1, numel)):
+        job, longest = Job(), parts[0].numel()
+        self._tree.reserve(out.dtype)
+        numel = self.reserve(longest, (self._num_ranks - 1) * parts[0].element_size())
+        for start in range(0, max(1, longest), numel):
             chunk = [part[start : start + numel] for part in parts]
-            target = out[start : start + numel]
-            self._worker.chunks.put(self._reduce_chunk(job, target, chunk, last=start + numel >= longest))
+            self._put_reduce(job, out[start : start + numel], chunk, last=start + numel >= longest)
         return job
 
-    def _reduce_chunk(self, job: Job, target: Tensor, chunk: Sequence[Tensor], last: bool) -> _Chunk:
+    def _put_reduce(self, job: Job, target: Tensor, chunk: Sequence[Tensor], last: bool) -> None:
         peers, mine = self._peers(), chunk[self._rank]
 
         def receive() -> Peers:
-            buffer = self._receive_buffers[self._turn].view(mine.dtype)
-            self._turn = 1 - self._turn
-            size = mine.numel()
+            buffer, size = self.next_buffer(mine.dtype), mine.numel()
             return [(peer, buffer[place * size : (place + 1) * size]) for place, peer in enumerate(peers)]
 
         def add(received: dict[int, Tensor]) -> None:
@@ -230,12 +238,25 @@ class Exchange:
             self._tree.add(target, [received[rank] for rank in range(self._num_ranks)])
 
         sends = [(peer, chunk[peer]) for peer in peers]
-        return _Chunk(job, _tag(self._group), sends, receive, add, last=last)
+        self.put(job, lambda: sends, receive, add, last=last)
 
-    def _reserve(self, nbytes: int, out: Tensor) -> None:
-        if not self._receive_buffers or self._receive_buffers[0].numel() < nbytes:
-            self._receive_buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
-        self._tree.reserve(out.dtype)
+    def reserve(self, longest: int, nbytes_each: int) -> int:
+        """Make buffers for chunks of jobs over ``longest`` elements; return how many elements a chunk has at most.
+
+        Args:
+            longest: elements.
+            nbytes_each: bytes of a chunk's buffer for an element.
+        """
+        most = max(_ALIGN, SCRATCH_NBYTES // (2 * nbytes_each) // _ALIGN * _ALIGN)
+        numel = min(most, longest)
+        if not self._buffers or self._buffers[0].numel() < numel * nbytes_each:
+            self._buffers = [torch.empty(numel * nbytes_each, dtype=torch.uint8) for _ in range(2)]
+        return max(1, numel)
+
+    def next_buffer(self, dtype: torch.dtype) -> Tensor:
+        """Return the buffer of the chunk that is being posted: two take turns."""
+        self._turn = 1 - self._turn
+        return self._buffers[self._turn].view(dtype)
 
 
 def _tag(group: ProcessGroup) -> int:
@@ -293,4 +314,5 @@ class _Worker:
 def _stop(worker: _Worker, thread: threading.Thread) -> None:
     """End the worker after what has been launched; a peer that never answers is not waited for."""
     worker.chunks.put(None)
-    thread.join(1.0)
+    if thread is not threading.current_thread():  # which may have held the last reference
+        thread.join(1.0)

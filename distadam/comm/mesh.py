@@ -30,18 +30,8 @@ _MEETING_TIMEOUT_S = 30.0
 _LOOK_AGAIN_S = 0.01
 
 
-def machine_identity() -> str:
-    """Return what ranks share that can reach each other's sockets: kernel boot and network namespace, no host name."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
-        return secrets.token_hex(16)  # shares with nobody
-
-
 class Mesh:
-    """Connections of this rank to all others of a group.
+    """Connections of this rank to the others of its host.
 
     Args:
         rank: this rank.
@@ -194,12 +184,13 @@ def _close(sockets: Sequence[socket.socket]) -> None:
         connection.close()
 
 
-def connect(names: Sequence[str], rank: int, swap: Callable[[Any], Sequence[Any]]) -> Mesh | None:
-    """Return connections to all ranks of a group, or None on all of them where not all can be reached.
+def connect(names: Sequence[str], rank: int, local: Sequence[int], swap: Callable[[Any], Sequence[Any]]) -> Mesh | None:
+    """Return connections to the group's ranks on this host, or None on all ranks where not all can be reached.
 
     Args:
-        names: what to call each rank in errors.
+        names: what to call each rank of the group in errors.
         rank: this rank's place in the group.
+        local: the group's ranks on this host; a rank's place among them is its number in the mesh.
         swap: returns every rank's value, by rank.
 
     Collective: every rank of the group, through ``swap``.
@@ -209,23 +200,24 @@ def connect(names: Sequence[str], rank: int, swap: Callable[[Any], Sequence[Any]
     try:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind("\0distadam-" + secrets.token_hex(16))  # abstract: no file, and known only to who is told
-        listener.listen(len(names))
+        listener.listen(len(local))
         address = listener.getsockname()
     except (OSError, AttributeError):
         pass
-    answers = swap((machine_identity(), address))
+    answers = swap(address)
+    addresses = [answers[other] for other in local]
     sockets: dict[int, socket.socket] = {}
     reached = False
-    if len({identity for identity, _ in answers}) == 1 and all(other is not None for _, other in answers):
+    if all(other is not None for other in addresses):
         with contextlib.suppress(OSError, struct.error):
-            sockets = _reach(rank, [other for _, other in answers], listener)
-            reached = len(sockets) == len(names) - 1
+            sockets = _reach(local.index(rank), addresses, listener)
+            reached = len(sockets) == len(local) - 1
     if listener is not None:
         listener.close()
     if not all(swap(reached)):
         _close(list(sockets.values()))
         return None
-    return Mesh(rank, names, sockets)
+    return Mesh(local.index(rank), [names[other] for other in local], sockets)
 
 
 def _reach(rank: int, addresses: Sequence[Any], listener: socket.socket | None) -> dict[int, socket.socket]:

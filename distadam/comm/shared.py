@@ -145,23 +145,26 @@ def _map_peer(
         os.close(descriptor)
 
 
-def meet(names: Sequence[str], rank: int, swap: Callable[[Any], Sequence[Any]]) -> SharedMemory | None:
-    """Return memory that all ranks of a group can read, or None on all of them.
+def meet(
+    names: Sequence[str], rank: int, local: Sequence[int], swap: Callable[[Any], Sequence[Any]]
+) -> SharedMemory | None:
+    """Return memory that a group's ranks on this host can read, or None on all of the group.
 
     Args:
         names: what to call each rank in errors.
         rank: this rank's place in the group.
+        local: the group's ranks on this host.
         swap: returns every rank's value, by rank.
 
     Collective: every rank of the group, through ``swap``.
     """
-    mesh = connect(names, rank, swap)
+    mesh = connect(names, rank, local, swap)
     if mesh is None:
         return None
     memory = SharedMemory(mesh)
     works = False
     try:
-        probe = memory.empty(1, torch.int64).fill_(rank)
+        probe = memory.empty(1, torch.int64).fill_(mesh.rank)
         number = memory.next_number()
         mesh.tell(READY, number, memory.segment(probe) or 0)
         segments = mesh.wait(READY, number, 30.0)

@@ -74,16 +74,25 @@ def check_params(names: Mapping[Tensor, str]) -> None:
     _refuse_shared_memory(names)
 
 
-def check_reduce(names: Mapping[Tensor, str], reduce: str, one_host: bool) -> None:
+def check_reduce(names: Mapping[Tensor, str], reduce: str, unshared: str) -> None:
     """Refuse a ``CommPolicy(reduce=...)`` that parameters or ranks do not allow.
+
+    Args:
+        names: of parameters.
+        reduce: the policy's.
+        unshared: why ranks of one host do not read each other's memory; empty where they do.
 
     Raises:
         ConfigError: names a parameter, or says that ranks share no memory.
     """
     if reduce in ("exchange", "shared"):
         _check_on_cpu(names, f'CommPolicy(reduce="{reduce}")', 'use reduce="auto"')
-    if reduce == "shared" and not one_host:
-        raise ConfigError(f'CommPolicy(reduce="shared") {_ONE_HOST}; use reduce="auto" or "exchange".')
+    if reduce == "shared" and unshared:
+        raise ConfigError(
+            'CommPolicy(reduce="shared") expected the ranks of the shard group to be processes of one host and network '
+            "namespace, or of several with equally many each, which reach each other's Unix sockets, but found that "
+            f'{unshared}; use reduce="auto" or "exchange".'
+        )
 
 
 def check_sharing(names: Mapping[Tensor, str], share_parameters: bool, one_host: bool) -> None:
@@ -96,15 +105,10 @@ def check_sharing(names: Mapping[Tensor, str], share_parameters: bool, one_host:
         _check_on_cpu(names, "ShardPolicy(share_parameters=True)", "leave it out")
         if not one_host:
             raise ConfigError(
-                f"ShardPolicy(share_parameters=True) {_ONE_HOST} (and CommPolicy(reduce=...) 'auto' or 'shared'); "
-                "leave it out."
+                "ShardPolicy(share_parameters=True) expected the ranks of the shard group to be processes of one host "
+                "and network namespace, which reach each other's Unix sockets (and CommPolicy(reduce=...) 'auto' or "
+                "'shared'); leave it out."
             )
-
-
-_ONE_HOST = (
-    "expected the ranks of the shard group to be processes of one host and network namespace, which reach each other's "
-    "Unix sockets"
-)
 
 
 def _check_on_cpu(names: Mapping[Tensor, str], what: str, cure: str) -> None:

@@ -6,13 +6,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.netns import Hosts, missing
+from tests.cluster.hosts_of_two import WAYS
+from tests.cluster.netns import PORT, Hosts, missing
 from tests.elastic_runs import STEPS, expected_reads, loop, reads
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -109,3 +111,31 @@ def test_a_host_that_is_cut_off_for_good_is_left_behind(hosts: Hosts, start: Sta
     assert {step: both[step] for step in range(begin)} | alone == expected_reads()
     check(tmp_path, 1, begin)
     assert "CommError" in (tmp_path / "agent.0.log").read_text()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_hosts_with_two_ranks_each_send_each_byte_once(hosts: Hosts, tmp_path: Path, interleaved: bool) -> None:
+    ranks = []
+    for rank in range(4):
+        host = rank % 2 if interleaved else rank // 2
+        settings = {"RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": hosts.address(0), "MASTER_PORT": str(PORT)}
+        settings |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+        command = [sys.executable, "-m", "tests.cluster.hosts_of_two", str(tmp_path)]
+        ranks.append(hosts.start(host, *command, log=tmp_path / f"agent.{rank}.log", **settings))
+    try:
+        assert [rank.wait(timeout=150) for rank in ranks] == [0] * 4, said(tmp_path)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    found = [json.loads((tmp_path / f"rank.{rank}.json").read_text()) for rank in range(4)]
+    assert len({str(answer[way]["bits"]) for answer in found for way in WAYS}) == 1
+    for answer in found:
+        mixed, messages = answer["auto"], answer["exchange"]
+        assert "2 hosts with 2 ranks each" in mixed["report"]
+        nbytes = 4 * mixed["padded"]
+        # A host sends half of the gradient's sums, or of each of its two ranks' gradients, and half of the parameters.
+        needed = nbytes * (1.5 if interleaved else 1.0)
+        assert needed <= mixed["sent"] <= 1.03 * needed
+        assert 2 * nbytes <= messages["sent"] <= 1.03 * 2 * nbytes
