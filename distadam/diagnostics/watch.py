@@ -152,7 +152,7 @@ class Watcher(StepObserver):
         self._finish_step()
         if self._nonfinite is not None:
             self._found = self._nonfinite.take()  # by this step's backward
-        self._watching = (self.step + 1) % self._every == 0
+        self._watching = self.reads_gradients = (self.step + 1) % self._every == 0
         if self._watching:
             if not self._statistics.fits:
                 self._statistics = Statistics(self._access)
@@ -165,8 +165,7 @@ class Watcher(StepObserver):
 
     def gradient(self, step: BucketStep, start: int, piece: Tensor) -> None:
         """See `Statistics`."""
-        if self._watching:
-            self._statistics.gradient(step, start, piece)
+        self._statistics.gradient(step, start, piece)
 
     def end_bucket(self, step: BucketStep) -> None:
         """See `Statistics`."""
