@@ -4,8 +4,8 @@
 
 Three figures from one run. Pairs: 10 steps without a watcher and 10 with one, the order changing from pair to pair; the
 median over pairs of the ratio, with quartiles, in wall time and in processor time (one thread that waits for nothing:
-the two agree on an idle machine, and what others take is not in the second). Then the time spent inside the watcher's own
-code (what the optimizer calls, `log`), as a share of the watched steps; what it does to caches is not in that.
+the two agree on an idle machine, and what others take is not in the second). Then the time spent inside the watcher's
+own code (what the optimizer calls, `log`), as a share of the watched steps; what it does to caches is not in that.
 """
 
 import argparse
