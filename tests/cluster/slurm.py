@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -84,6 +85,9 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
+            self.run("scancel", "--partition=main")  # a job of a test that failed would outlive the daemons
+            self._until(lambda: not self.run("squeue", "--noheader").strip(), "no jobs", 15.0)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
