@@ -17,7 +17,7 @@ from tests.mpi import environments
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
