@@ -29,10 +29,15 @@ def cluster(tmp_path):
         yield started
 
 
+TORN = "mpi/pmi2: request not begin with 'cmd='"
+
+
 def until(met: Callable[[], bool], said: Callable[[], str], seconds: float = 150.0) -> None:
     """Wait while the job says something new now and then: how fast it trains is the machine's matter."""
     heard, ends = "", time.monotonic() + seconds
     while not met():
+        if TORN in heard:
+            pytest.xfail("Slurm's PMI has read a line of MPICH's in two parts: docs/log.md")
         if said() != heard:
             heard, ends = said(), time.monotonic() + seconds
         assert time.monotonic() < ends, f"nothing new for {seconds} s:\n{heard}"
