@@ -15,12 +15,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from typer.testing import CliRunner
 
 from distadam.cli import app
+from distadam.cli.cores import allowed_cpus, divide, find_cores, spell
 from distadam.cli.failures import sort_failures
-from distadam.cli.launch import cpu_environment
+from distadam.cli.launch import cpu_environment, share_cores
 from distadam.cli.rank_output import RankLines
 from distadam.comm import phase
 
@@ -293,6 +295,76 @@ def test_cpu_environment_shares_cores_and_respects_settings(monkeypatch):
     assert cpu_environment(8, 2)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert "OMP_NUM_THREADS" not in cpu_environment(2, 8)
+
+
+def write_topology(system: Path, cpus: dict[int, tuple[int, int, str]]) -> Path:
+    """Write what the kernel says of its CPUs, each with socket, NUMA node and hardware threads of its core."""
+    for cpu, (socket, node, threads) in cpus.items():
+        topology = system / f"cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{socket}\n")
+        (topology / "thread_siblings_list").write_text(f"{threads}\n")
+        (system / f"cpu{cpu}/node{node}").mkdir()
+    return system
+
+
+def test_cores_hold_their_hardware_threads_and_lie_by_socket(tmp_path):
+    """Even cores in one socket, odd ones in the other, the second threads numbered after all first ones."""
+    numbers = {cpu: (cpu % 2, cpu % 2, f"{cpu % 4},{cpu % 4 + 4}") for cpu in range(8)}
+    system = write_topology(tmp_path / "cpus", numbers)
+    cores = find_cores(range(8), system)
+    assert cores == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert divide(cores, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert divide(cores, 3) == [[0, 4], [2, 6], [1, 3, 5, 7]]
+    assert find_cores([1, 2, 5, 6], system) == [[2, 6], [1, 5]]  # what taskset left
+    assert find_cores([3, 1], tmp_path / "nothing") == [[1], [3]]
+    neighbours = write_topology(
+        tmp_path / "neighbours", {cpu: (0, 0, f"{cpu - cpu % 2}-{cpu | 1}") for cpu in range(4)}
+    )
+    assert find_cores(range(4), neighbours) == [[0, 1], [2, 3]]
+
+
+def test_cpus_are_spelled_as_taskset_takes_them():
+    assert spell([0, 1, 2, 3, 8, 10, 11]) == "0-3,8,10-11"
+
+
+def test_ranks_are_pinned_by_default_where_each_gets_two_cores(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    four, two = [[0], [1], [2], [3]], [[0], [1]]
+    assert share_cores(2, None, four) == [[0, 1], [2, 3]]
+    assert share_cores(2, False, four) == []
+    assert share_cores(1, None, four) == []  # it has them all
+    assert share_cores(2, None, two) == []
+    assert share_cores(2, True, two) == [[0], [1]]
+    assert share_cores(3, None, two) == []
+    with pytest.raises(typer.BadParameter, match="at least one core for each rank but got 3 ranks on 2 cores"):
+        share_cores(3, True, two)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert share_cores(2, None, four) == []
+    with pytest.raises(typer.BadParameter, match="expected ranks on CPU"):
+        share_cores(2, True, four)
+
+
+def test_launch_pins_ranks_to_what_it_may_use_itself_and_says_so(script):
+    cores = find_cores(allowed_cpus())
+    if len(cores) < 2:
+        pytest.skip("one core")
+    path = script("print(sorted(os.sched_getaffinity(0)), sys.argv[1:])\n")
+    done = run("launch", "--nproc", "2", "--pin", path, "--cores")
+    shares = divide(cores, 2)
+    assert sorted(done.stdout.splitlines()) == [f"[{rank}] {cpus} ['--cores']" for rank, cpus in enumerate(shares)]
+    said = " | ".join(f"rank {rank} {spell(cpus)}" for rank, cpus in enumerate(shares))
+    assert done.stderr.splitlines()[0].endswith(f"; kept to CPUs: {said}")
+    last = cores[-1][-1]
+    one = subprocess.run(
+        ["taskset", "--cpu-list", str(last), *command("launch", "--nproc", "1", "--pin", path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert one.stdout == f"[0] [{last}] []\n"
+    assert one.stderr.splitlines()[0].endswith(f"; kept to CPUs: rank 0 {last}")
 
 
 def test_version_is_the_packages():

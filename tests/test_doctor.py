@@ -28,6 +28,7 @@ import torch
 from distadam.comm.tree import TreeSum
 from distadam.doctor import Finding, Question, examine, rank
 from distadam.doctor.devices import check_kernels, check_threads
+from distadam.doctor.launcher import check_launcher
 from distadam.doctor.mpi import Mpi, check_mpi
 from distadam.doctor.network import (
     Endpoint,
@@ -50,6 +51,10 @@ BARE = Interface(name="eth1", address="", is_up=True, is_loopback=False)
 DOWN = Interface(name="eth2", address="10.2.0.1", is_up=False, is_loopback=False)
 DOCKER = Interface(name="docker0", address="172.17.0.1", is_up=True, is_loopback=False)
 CARDS = [LO, DOCKER, ETH, BARE, DOWN]
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+PMI = {"PMI_SIZE": "2", "PMI_RANK": "1"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 FACTS = Facts(host="a", distadam="0.1.0", torch="2.13.0+cpu", cuda="none", triton="none", python="3.11.7")
 
 
@@ -264,7 +269,7 @@ def test_unknown_kernel_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("mpi", "environment", "check", "words"),
     [
-        (Mpi(), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpi.mpi4py", "started by Open MPI"),
+        (Mpi(), OPEN_MPI, "mpi.mpi4py", "started by Open MPI"),
         (Mpi(has_mpi4py=True, library="MPICH Version: 5.0"), {}, "mpi.launcher", "mpiexec is missing"),
         (Mpi(has_mpi4py=True, problem="libmpi.so.12: cannot open"), {}, "mpi.library", "libmpi.so.12"),
         (
@@ -272,6 +277,12 @@ def test_unknown_kernel_is_named(monkeypatch):
             {},
             "mpi.mismatch",
             "Open MPI's but mpi4py's library is MPICH's",
+        ),
+        (  # mpiexec in the path is not always what started this process
+            Mpi(has_mpi4py=True, launcher="HYDRA build details:", library="MPICH Version: 5.0.2"),
+            OPEN_MPI,
+            "mpi.mismatch",
+            "the launcher (OMPI_COMM_WORLD_SIZE=2) is Open MPI's",
         ),
     ],
 )
@@ -282,7 +293,25 @@ def test_missing_and_mismatched_mpi_are_named(mpi, environment, check, words):
 def test_no_mpi_is_fine_where_nobody_asks_for_it():
     only(check_mpi(Mpi(), {}), "mpi.library", "ok")
     whole = Mpi(has_mpi4py=True, launcher="HYDRA build details:", library="MPICH Version: 5.0.2")
-    only(check_mpi(whole, {"PMI_SIZE": "2"}, wanted=True), "mpi.library", "ok", "MPICH")
+    only(check_mpi(whole, PMI, wanted=True), "mpi.library", "ok", "MPICH")
+    intel = dataclasses.replace(whole, library="Intel(R) MPI Library 2021.11")  # both speak PMI
+    only(check_mpi(intel, PMI), "mpi.library", "ok", "Intel")
+
+
+@pytest.mark.parametrize(
+    ("environment", "level", "words"),
+    [
+        ({}, "ok", "none"),
+        (PMI, "ok", "MPICH or Intel MPI started 2 ranks (PMI_SIZE=2), 1 of them"),
+        (OPEN_MPI, "ok", "Open MPI started 2 ranks"),
+        (SLURM, "ok", "Slurm started 2 ranks (SLURM_STEP_NUM_TASKS=2)"),
+        (SLURM | TORCHRUN, "ok", "torchrun started 8 ranks (WORLD_SIZE=8)"),  # launch/slurm.sbatch
+        ({"SLURM_NTASKS": "2"}, "warning", "srun did not start this process"),
+        (PMI | {"RANK": "0", "WORLD_SIZE": "4"}, "warning", "rank 0 of 4, MPICH or Intel MPI says rank 1 of 2"),
+    ],
+)
+def test_launcher_is_named(environment, level, words):
+    only(check_launcher(environment, 1), "launcher", level, words)
 
 
 def test_more_threads_than_cores_are_named():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from distadam.cli.launch import launch_here
+from distadam.comm.launchers import Found, find
 from distadam.doctor import Finding, Question, examine
 from distadam.doctor.network import Endpoint
-from distadam.doctor.rank import gather_findings
+from distadam.doctor.rank import gather_findings, meet
 from distadam.doctor.rank import self_test as run_self_test
 
 __all__ = ["doctor"]
@@ -37,10 +41,11 @@ def doctor(
 ) -> None:
     """Look for what stops, slows or falsifies training here; say each finding with its cure.
 
-    Started by torchrun or another launcher, all ranks take the self-test together and rank 0 reports for every host:
-    torchrun --nnodes 2 ... -m distadam doctor. The exit code is 1 if there is an error, else 0.
+    Started by torchrun, mpiexec or srun, all ranks take the self-test together and rank 0 reports for every host:
+    mpiexec -n 16 python -m distadam doctor. A rank that fails says so, too. The exit code is 1 if there is an error.
     """
-    place = _endpoint(endpoint)
+    job = _find_job()
+    place = _endpoint(endpoint, job)
     question = Question(
         num_local=int(os.environ.get("LOCAL_WORLD_SIZE", nproc)),
         endpoint=place,
@@ -48,8 +53,8 @@ def doctor(
         checkpoints=checkpoints,
         mpi=mpi,
     )
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        findings = _in_job(question, seconds, self_test)
+    if job is not None:
+        findings = _in_job(job, question, seconds, self_test)
     else:
         findings = examine(question)
         if self_test:
@@ -59,9 +64,14 @@ def doctor(
         raise typer.Exit(any(finding.level == "error" for finding in findings))
 
 
-def _endpoint(text: str) -> Endpoint | None:
-    job = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # then the launcher's own store listens there already
-    if not text and not job and "MASTER_ADDR" in os.environ:
+def _find_job() -> Found | None:
+    """Return the job that this process is a rank of; None where it would train alone."""
+    found = find(os.environ)
+    return found if found is not None and (found.kind == "torchrun" or found.world_size > 1) else None
+
+
+def _endpoint(text: str, job: Found | None) -> Endpoint | None:
+    if not text and job is None and "MASTER_ADDR" in os.environ:  # in a job, a store may listen there already
         text = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
     try:
         return Endpoint.parse(text) if text else None
@@ -88,19 +98,37 @@ def _self_test(before: list[Finding], question: Question, seconds: float) -> lis
     return [Finding(check="self_test", level="error", text=text, cure=cure)]
 
 
-def _in_job(question: Question, seconds: float, self_test: bool) -> list[Finding] | None:
-    """Examine each host once and test all ranks together; return the findings on rank 0, None elsewhere."""
+def _in_job(job: Found, question: Question, seconds: float, self_test: bool) -> list[Finding] | None:
+    """Examine each host once and test all ranks together; return the findings on rank 0, None elsewhere.
+
+    What stops the ranks from meeting is a finding as well: rank 0 reports it beside those of its own host, any other
+    rank says it in a line, since the launcher may end rank 0 then.
+    """
     began = time.monotonic()
-    own = examine(question) if os.environ.get("LOCAL_RANK", "0") == "0" else []
-    together = run_self_test(seconds if self_test else 0.0, question.checkpoints, began)
-    return gather_findings(own, together)
+    own: list[Finding] | None = None
+    try:
+        hosts = meet()
+        here = hosts[job.rank]
+        is_first = hosts.index(here) == job.rank
+        own = examine(replace(question, num_local=hosts.count(here))) if is_first else []
+        together = run_self_test(seconds if self_test else 0.0, question.checkpoints, began)
+        return gather_findings(own, together)
+    except Exception as problem:
+        text = f"rank {job.rank} of {job.world_size} ({socket.gethostname()}): {type(problem).__name__}: {problem}"
+        if job.rank != 0:
+            print(f"distadam doctor: {text}", file=sys.stderr, flush=True)
+            raise typer.Exit(1) from problem
+        place = f"{os.environ.get('MASTER_ADDR', 'none')}:{os.environ.get('MASTER_PORT', 'none')}"
+        cure = f"cure the errors above first; all hosts must reach MASTER_ADDR:MASTER_PORT (here {place})"
+        failed = Finding(check="self_test", level="error", text=text, cure=cure)
+        return [*(examine(question) if own is None else own), failed]
 
 
 def _report(findings: list[Finding], as_json: bool) -> None:
     worst = max((finding.level for finding in findings), key=["ok", "warning", "error"].index)
     if as_json:
         content: dict[str, Any] = {"level": worst, "findings": [finding.as_dict() for finding in findings]}
-        print(json.dumps(content, indent=1))
+        print(json.dumps(content, indent=1), flush=True)  # before MPI may end the job
         return
     console = Console(highlight=False)
     table = Table.grid(padding=(0, 2))

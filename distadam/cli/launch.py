@@ -19,13 +19,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distadam.cli.cores import allowed_cpus, divide, find_cores, spell
 from distadam.cli.failures import print_failures, sort_failures
 from distadam.cli.rank_output import PREFIX_TEMPLATE, RankLines
 from distadam.cli.wait_page import show_waits
 from distadam.comm import phase
 from distadam.engine import dumps
 
-__all__ = ["cpu_environment", "launch", "launch_here"]
+__all__ = ["cpu_environment", "launch", "launch_here", "share_cores"]
 
 # Note [One store a round]: torchrun's agents share one store with all the groups that they ever start. What ranks of a
 # group that is gone wrote there (their addresses) is still there when the next group meets, which then connects to the
@@ -41,6 +42,13 @@ _ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
+# Note [Pinning]: ranks that are kept to whole cores of their own, one socket's side by side, keep their caches and the
+# memory that they touched first. The worker does it before the script starts, since threads and processes inherit it
+# from the thread that starts them. By itself the launcher does it only where each rank gets two cores or more: on one
+# core the threads that communicate would share it with the one that computes (docs/log.md has the figures).
+_PIN = "Keep each rank to cores of its own."
+_MOST_RANKS = 8
+
 
 def launch(
     script: Annotated[str, typer.Argument(help="Script to run on every rank (with -m: module).")],
@@ -51,6 +59,7 @@ def launch(
     node_rank: Annotated[int | None, typer.Option(min=0, help="This host's number; left out, the hosts agree.")] = None,
     rdzv_endpoint: Annotated[str, typer.Option(help="host:port of the first host, the same on all hosts.")] = "",
     max_restarts: Annotated[int, typer.Option(min=0, help="Start all ranks again after a failure, this often.")] = 0,
+    pin: Annotated[bool | None, typer.Option(help=_PIN, show_default="on CPU with 2 or more each")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep every rank's output and traceback here.")] = None,
 ) -> None:
     """Start SCRIPT on every rank and show each line of output behind its rank.
@@ -58,7 +67,8 @@ def launch(
     When ranks fail, the traceback of the first that failed comes first, and its exit code is the command's. When a
     collective of the optimizer failed, one page says where every rank stood: which buckets were reduced, which waited,
     which parameters never got a gradient (LOG_DIR/waits.txt too, from each rank's waits.RANK.json).
-    On CPU, OMP_NUM_THREADS and glibc's MALLOC_* variables are set where they are not set already.
+    On CPU, OMP_NUM_THREADS and glibc's MALLOC_* variables are set where they are not set already, and ranks are kept to
+    cores of their own.
     """
     console = Console(stderr=True)
     if not module and not Path(script).is_file():
@@ -67,10 +77,11 @@ def launch(
         raise typer.BadParameter("expected host:port of the first host with --nnodes > 1", param_hint="--rdzv-endpoint")
     script_args = args[1:] if args and args[0] == "--" else args or []
     num_local = _count_processes(nproc)
-    _announce(console, num_local, nnodes)
+    cores = share_cores(num_local, pin, find_cores(allowed_cpus()))
+    _announce(console, num_local, nnodes, cores)
     with _log_folder(log_dir) as folder:
         config = _config(num_local, nnodes, node_rank, rdzv_endpoint, max_restarts, folder)
-        command = ["-u", str(Path(__file__).with_name("worker.py")), *(["-m"] if module else []), script, *script_args]
+        command = _command(cores, [*(["-m"] if module else []), script, *script_args])
         code = _run(console, config, command, Path(folder))
     if code and log_dir is not None:
         console.print(f"distadam launch: logs in {log_dir}", highlight=False)
@@ -81,11 +92,11 @@ def launch_here(nproc: str, module: str, args: list[str]) -> int:
     """Run ``python -m module args`` on ``nproc`` ranks of this host, set up as by `launch`; return the exit code."""
     console = Console(stderr=True)
     num_local = _count_processes(nproc)
-    _announce(console, num_local, 1)
+    cores = share_cores(num_local, None, find_cores(allowed_cpus()))
+    _announce(console, num_local, 1, cores)
     with _log_folder(None) as folder:
         config = _config(num_local, 1, None, "", 0, folder)
-        command = ["-u", str(Path(__file__).with_name("worker.py")), "-m", module, *args]
-        return _run(console, config, command, Path(folder))
+        return _run(console, config, _command(cores, ["-m", module, *args]), Path(folder))
 
 
 def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
@@ -96,28 +107,59 @@ def cpu_environment(num_local: int, num_cores: int) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
+def share_cores(num_local: int, pin: bool | None, cores: list[list[int]]) -> list[list[int]]:
+    """Return each local rank's CPUs; nothing where ranks are not kept to any. Note [Pinning].
+
+    Args:
+        num_local: ranks of this host.
+        pin: what the user asks for; None: what suits.
+        cores: that ranks may use, from `find_cores`.
+    """
+    if pin is False:
+        return []
+    refusal = ""
+    if torch.accelerator.is_available():
+        refusal = "ranks on CPU: one that drives an accelerator should be near it, which is not looked at here"
+    elif not hasattr(os, "sched_setaffinity"):
+        refusal = f"Linux: {platform.system()} has no way to keep a process to cores"
+    elif num_local > len(cores):
+        refusal = f"at least one core for each rank but got {num_local} ranks on {len(cores)} cores; use --no-pin"
+    if refusal and pin:
+        raise typer.BadParameter(f"expected {refusal}", param_hint="--pin")
+    if refusal or (pin is None and (num_local == 1 or len(cores) < 2 * num_local)):
+        return []
+    return divide(cores, num_local)
+
+
 def _count_processes(nproc: str) -> int:
     if nproc == "auto":
-        return torch.accelerator.device_count() if torch.accelerator.is_available() else _count_cores()
+        return torch.accelerator.device_count() if torch.accelerator.is_available() else len(allowed_cpus())
     if not nproc.isdecimal() or int(nproc) < 1:
         raise typer.BadParameter(f"expected a positive number or auto, got {nproc!r}", param_hint="--nproc")
     return int(nproc)
 
 
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _announce(console: Console, num_local: int, nnodes: int) -> None:
-    """Set the environment that the ranks inherit and say so in one line."""
-    added = {} if torch.accelerator.is_available() else cpu_environment(num_local, _count_cores())
+def _announce(console: Console, num_local: int, nnodes: int, cores: list[list[int]]) -> None:
+    """Set the environment that the ranks inherit; say so in one line, and which CPUs each rank is kept to."""
+    added = {} if torch.accelerator.is_available() else cpu_environment(num_local, len(allowed_cpus()))
     os.environ.update(added)
     what = f"{num_local} process{'es' if num_local > 1 else ''}" + (f" on each of {nnodes} hosts" if nnodes > 1 else "")
     settings = " ".join(f"{name}={value}" for name, value in added.items())
-    text = f"distadam launch: {what}" + (f"; set {settings}" if settings else "")
+    text = f"distadam launch: {what}" + (f"; set {settings}" if settings else "") + _spell_cores(cores)
     console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+
+def _spell_cores(cores: list[list[int]]) -> str:
+    if not cores:
+        return ""
+    parts = [f"rank {rank} {spell(cpus)}" for rank, cpus in enumerate(cores)]
+    return "; kept to CPUs: " + " | ".join(parts if len(parts) <= _MOST_RANKS else [*parts[:2], "...", parts[-1]])
+
+
+def _command(cores: list[list[int]], script: list[str]) -> list[str]:
+    """Return the interpreter's arguments on each rank."""
+    listed = ":".join(",".join(map(str, cpus)) for cpus in cores)
+    return ["-u", str(Path(__file__).with_name("worker.py")), *(["--cores", listed] if listed else []), *script]
 
 
 @contextlib.contextmanager

@@ -17,8 +17,14 @@ from types import TracebackType
 
 
 def main() -> int:
-    """Run the script or ``-m module`` in ``sys.argv`` as ``__main__``; return the exit code of a failed one."""
+    """Run the script or ``-m module`` in ``sys.argv`` as ``__main__``; return the exit code of a failed one.
+
+    ``--cores`` before it gives each local rank its CPUs: "0,1:2,3" keeps rank 0 to CPUs 0 and 1.
+    """
     sys.argv.pop(0)
+    if sys.argv[0] == "--cores":
+        _keep_to(sys.argv[1])
+        del sys.argv[:2]
     is_module = sys.argv[0] == "-m"
     if is_module:
         sys.argv.pop(0)
@@ -43,6 +49,12 @@ def main() -> int:
             sys.stderr.write(text)
         return 1
     return 0
+
+
+def _keep_to(cores: str) -> None:
+    """Keep this process, and all threads and processes that it will start, to its local rank's CPUs."""
+    own = cores.split(":")[int(os.environ["LOCAL_RANK"])]
+    os.sched_setaffinity(0, [int(cpu) for cpu in own.split(",")])
 
 
 def _replace_own_folder_in_path(folder: str) -> None:

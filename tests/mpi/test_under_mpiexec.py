@@ -77,6 +77,54 @@ def test_other_backends_meet_at_an_address_that_mpi_broadcasts(implementation):
         assert re.search(words, ended.text), ended.text
 
 
+def test_doctor_tests_the_jobs_own_ranks_and_reports_once(implementation):
+    ended = mpiexec(implementation, 3, "-m", "distadam", "doctor", "--seconds", "0.2", COLUMNS="200")
+    assert ended.code == 0, ended.text
+    launcher = {"mpich": "MPICH or Intel MPI", "openmpi": "Open MPI"}[implementation]
+    for words in (
+        f"{launcher} started 3 ranks",
+        "3 of them on this host",
+        "3 ranks met",
+        "backend mpi4py",
+        "all right",
+    ):
+        assert ended.text.count(words) == 1, ended.text
+    assert "distadam doctor: 0 errors" in ended.text
+
+
+BREAK = """
+import os, sys
+from distadam.doctor import rank
+rank.MEETING_TIMEOUT_S = 5.0
+if "1" in (os.environ.get("PMI_RANK"), os.environ.get("OMPI_COMM_WORLD_RANK")):
+    def fail(*_):
+        raise RuntimeError("no such device")
+    rank.self_test = fail
+from distadam.cli import main
+sys.argv[1:] = ["doctor", "--seconds", "0"]
+main()
+"""
+
+
+def test_doctor_names_the_rank_that_fails(implementation):
+    """Rank 1 says why; rank 0, which waits for it, reports that and what it knows of its own host."""
+    ended = mpiexec(implementation, 2, "-c", BREAK, COLUMNS="200")
+    assert ended.code != 0
+    assert re.search(r"distadam doctor: rank 1 of 2 \(.+\): RuntimeError: no such device", ended.text), ended.text
+    assert re.search(r"ERROR\S* +self_test +rank 0 of 2 \(.+\): CommError: ", ended.text), ended.text
+    assert "kernels.choice" in ended.text
+
+
+def test_doctor_says_whose_launcher_and_whose_library(implementation):
+    [other] = [name for name in IMPLEMENTATIONS if name != implementation]
+    if missing(other):
+        pytest.skip(missing(other))
+    ended = mpiexec(implementation, 2, "-m", "distadam", "doctor", "--seconds", "0", python=other, COLUMNS="200")
+    assert ended.code != 0
+    assert "mpi.mismatch" in ended.text
+    assert re.search(r"distadam doctor: rank 1 of 2 \(.+\): ConfigError: expected the 2 ranks that", ended.text)
+
+
 def caught(ended: Ended, rank: int) -> str:
     """What a rank has caught; it must have come in time."""
     found = re.search(rf"caught after (\d+) s by rank {rank}: (.*)", ended.text)
