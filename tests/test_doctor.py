@@ -25,6 +25,7 @@ from unittest import mock
 import pytest
 import torch
 
+from distadam import native
 from distadam.comm.tree import TreeSum
 from distadam.doctor import Finding, Question, examine, rank
 from distadam.doctor.devices import check_kernels, check_threads
@@ -258,10 +259,9 @@ def test_mismatched_torch_between_ranks_is_named():
 def test_unknown_kernel_is_named(monkeypatch):
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
     only(check_kernels(), "kernels.choice", "ok", "native (one pass over memory")
-    monkeypatch.setenv("DISTADAM_NATIVE", "0")
+    monkeypatch.setattr(native, "_load", lambda: (None, "DISTADAM_NATIVE=0"))
     only(check_kernels(), "kernels.choice", "ok", "torch_fused", "torch has no fused RMSprop")
     only(check_kernels(), "kernels.native", "warning", "slower", "DISTADAM_NATIVE=0")
-    monkeypatch.delenv("DISTADAM_NATIVE")
     monkeypatch.setenv("DISTADAM_KERNEL", "fastest")
     only(check_kernels(), "kernels.choice", "error", "fastest")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -64,7 +65,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
-    monkeypatch.delenv("DISTADAM_NATIVE", raising=False)
 
 
 def allocate(kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -175,7 +175,7 @@ def test_sums_over_ranks_have_the_bits_of_the_tree(num_ranks: int, dtype: torch.
     leaves = [gradients(rank, dtype, False)[: 64 * 13] for rank in range(num_ranks)]
     total = torch.empty(64 * 13)
     assert native.sum_ranks(total, leaves)
-    monkeypatch.setenv("DISTADAM_NATIVE", "0")
+    monkeypatch.setattr(native, "_load", lambda: (None, "absent"))
     expected = torch.empty(64 * 13)
     TreeSum(num_ranks).add(expected, leaves)
     assert_same_bits(total, expected, num_ranks)
@@ -280,6 +280,8 @@ def test_it_is_chosen_on_the_cpu_and_says_why_not_elsewhere(monkeypatch: pytest.
     assert "computes in float32, not torch.float64" in str(choice(dtype=torch.float64))
     assert "eps = 0" in str(choice(eps=0.0))
     monkeypatch.setenv("DISTADAM_NATIVE", "0")
+    unused = native._load.__wrapped__()
+    monkeypatch.setattr(native, "_load", lambda: unused)
     assert str(choice()) == "torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0"
     monkeypatch.setenv("DISTADAM_KERNEL", "native")
     with pytest.raises(distadam.ConfigError, match="DISTADAM_NATIVE=0"):
@@ -314,22 +316,22 @@ def test_a_library_that_cannot_be_used_is_not(fault: str, tmp_path: Path, monkey
         monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
     else:
         monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
-    native._load.cache_clear()
-    try:
-        assert expected[fault] in str(native.obstacle())
-        assert "not native: " in str(choice())
-        param = nn.Parameter(torch.ones(200_000))
-        param.grad = torch.ones_like(param)
-        distadam.AdamW([param]).step()
-        assert float(param.detach()[0]) < 1
-    finally:
-        native._load.cache_clear()
+    unused = native._load.__wrapped__()
+    monkeypatch.setattr(native, "_load", lambda: unused)
+    assert expected[fault] in str(native.obstacle())
+    assert "not native: " in str(choice())
+    param = nn.Parameter(torch.ones(200_000))
+    param.grad = torch.ones_like(param)
+    distadam.AdamW([param]).step()
+    assert float(param.detach()[0]) < 1
 
 
 def _train(rank: int, disabled: bool) -> tuple[list[Tensor], Tensor | None, str]:
-    import os
+    with mock.patch.object(native, "_load", (lambda: (None, "DISTADAM_NATIVE=0")) if disabled else native._load):
+        return _train_on(rank)
 
-    os.environ["DISTADAM_NATIVE"] = "0" if disabled else "1"
+
+def _train_on(rank: int) -> tuple[list[Tensor], Tensor | None, str]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 700), nn.GELU(), nn.Linear(700, 300)).bfloat16()
     precision = PrecisionPolicy(master="split", moments="8bit")
@@ -340,9 +342,7 @@ def _train(rank: int, disabled: bool) -> tuple[list[Tensor], Tensor | None, str]
         if step == 2:
             optimizer.clip_grad_norm_(0.1)
         optimizer.step()
-    report = str(optimizer.kernel_report())
-    os.environ.pop("DISTADAM_NATIVE")
-    return [param.detach().clone() for param in model.parameters()], optimizer.grad_norm, report
+    return [param.detach().clone() for param in model.parameters()], optimizer.grad_norm, str(optimizer.kernel_report())
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import distadam
+from distadam import native
 from distadam.engine.ledger import Ledger
 from distadam.layout import plan
 from tests.ranks import run_ranks
@@ -392,7 +393,7 @@ FUSED = "torch fuses adamw on cpu; not native: DISTADAM_NATIVE=0"
 
 
 def test_kernel_report_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTADAM_NATIVE", "0")
+    monkeypatch.setattr(native, "_load", lambda: (None, "DISTADAM_NATIVE=0"))
     params = [nn.Parameter(torch.ones(10)), nn.Parameter(torch.ones(10, dtype=torch.bfloat16))]
     groups = [{"params": [params[0]]}, {"params": [params[1]], "weight_decay": 0.0}]
     report = distadam.AdamW(groups).kernel_report()

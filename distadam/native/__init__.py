@@ -42,6 +42,9 @@ _MAX_RANKS = 1024
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the library, or why there is none; asked once a process."""
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+        return None, f"{ENVIRONMENT_VARIABLE}=0"
     files = sorted(Path(__file__).parent.glob("library*.so"))
     if not files:
         return None, "this installation was built without a C compiler; a wheel of distadam has the compiled part"
@@ -65,13 +68,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def obstacle() -> str | None:
     """Say why the compiled part is not used, or None where it is."""
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
-        return f"{ENVIRONMENT_VARIABLE}=0"
     return _load()[1]
-
-
-def _library() -> ctypes.CDLL | None:
-    return None if os.environ.get(ENVIRONMENT_VARIABLE) == "0" else _load()[0]
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
@@ -87,7 +84,7 @@ def update(work: Update, start: int, end: int) -> None:
         start: First element, a multiple of 64 (of 256 where there are blocks or random bits).
         end: First element after, likewise.
     """
-    library = _library()
+    library = _load()[0]
     assert library is not None, "callers ask for the obstacle first"
     library.distadam_update(ctypes.byref(work), start, end)
 
@@ -99,7 +96,7 @@ def sum_ranks(out: Tensor, leaves: Sequence[Tensor]) -> bool:
         out: float32, shape (n,), contiguous; may be one of the leaves.
         leaves: By rank: float32, bfloat16 or float16, all the same, each of shape (n,), contiguous.
     """
-    library, kind = _library(), type_number(leaves[0].dtype)
+    library, kind = _load()[0], type_number(leaves[0].dtype)
     if library is None or kind is None or out.dtype != torch.float32 or len(leaves) > _MAX_RANKS:
         return False
     library.distadam_sum(addresses(leaves), len(leaves), kind, out.data_ptr(), out.numel())
@@ -108,7 +105,7 @@ def sum_ranks(out: Tensor, leaves: Sequence[Tensor]) -> bool:
 
 def copy(out: Tensor, source: Tensor) -> None:
     """Copy between tensors of one shape; long copies go past the cache, which keeps what is computed with."""
-    library = _library()
+    library = _load()[0]
     if library is None or not _is_long_copy(out, source):
         out.copy_(source)
     else:
@@ -117,7 +114,7 @@ def copy(out: Tensor, source: Tensor) -> None:
 
 def copy_all(outs: list[Tensor], sources: list[Tensor]) -> None:
     """Copy between lists of tensors as `copy` does."""
-    if _library() is None:
+    if _load()[0] is None:
         torch._foreach_copy_(outs, sources)
         return
     short: tuple[list[Tensor], list[Tensor]] = ([], [])
