@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -366,3 +370,29 @@ def test_an_update_refuses_what_the_library_cannot_read() -> None:
 
 def test_structures_agree_with_the_library() -> None:
     assert native._load()[0].distadam_version() == native.VERSION * 65536 + ctypes.sizeof(Update)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", ["cc", "/bin/false"])
+def test_packages_are_built_with_and_without_a_compiler(compiler: str, tmp_path: Path) -> None:
+    root = Path(distadam.__file__).parents[1]
+    source = tmp_path / "source"
+    shutil.copytree(root / "distadam", source / "distadam", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, source / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    built = subprocess.run(command, env={**os.environ, "CC": compiler}, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("distadam-*-cp310-abi3-*.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert libraries == (["distadam/native/library.abi3.so"] if compiler == "cc" else [])
