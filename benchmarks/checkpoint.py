@@ -9,6 +9,7 @@ beyond what it had before. Loading reads from the page cache: files were just wr
 For the asynchronous saves: how long the call kept the loop, beside the staging copy alone (this rank's slices, by the
 same code, into memory that is mapped already), measured in turns with it; and how long a step took while the save was
 being written, beside steps before. The first asynchronous save also maps its staging memory and is listed by itself.
+Each way runs with one small layer first: what a process takes once (imports, threads, pools) is no part of a save.
 """
 
 import argparse
@@ -39,11 +40,11 @@ WIDTH = 2048
 Measured = dict[str, list[tuple[float, int]]]
 
 
-def model_of(gigabytes: float) -> nn.Module:
+def model_of(gigabytes: float, width: int = WIDTH) -> nn.Module:
     """Return square layers whose AdamW moments take so many gigabytes together."""
-    layers = max(1, round(gigabytes * 1e9 / (8 * WIDTH * WIDTH)))
+    layers = max(1, round(gigabytes * 1e9 / (8 * width * width)))
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -74,8 +75,7 @@ def every(calls: dict[str, Callable[[], object]], repeats: int) -> Measured:
     return found
 
 
-def ours(gigabytes: float, folder: Path, repeats: int) -> Measured:
-    model = model_of(gigabytes)
+def ours(model: nn.Module, folder: Path, repeats: int) -> Measured:
     optimizer = distadam.AdamW(model.named_parameters())
     step(model, optimizer)
     save = distadam.checkpoint.save
@@ -115,14 +115,14 @@ def ours(gigabytes: float, folder: Path, repeats: int) -> Measured:
     return found | rest
 
 
-def fsdp(gigabytes: float, folder: Path, repeats: int) -> Measured:
-    model = model_of(gigabytes)
+def fsdp(model: nn.Module, folder: Path, repeats: int) -> Measured:
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     step(model, optimizer)
     futures: list[Any] = []
+    others = dist.new_group()  # for the thread of an asynchronous save: its collectives must not meet `measure`'s
 
     def save() -> None:
         weights, state = get_state_dict(model, optimizer)
@@ -131,7 +131,8 @@ def fsdp(gigabytes: float, folder: Path, repeats: int) -> Measured:
     def save_async() -> None:
         weights, state = get_state_dict(model, optimizer)
         writer = dcp.FileSystemWriter(folder / "fsdp_async")
-        futures.append(dcp.async_save({"model": weights, "optim": state}, storage_writer=writer))
+        state_dict = {"model": weights, "optim": state}
+        futures.append(dcp.async_save(state_dict, storage_writer=writer, process_group=others))
 
     def load() -> None:
         weights, state = get_state_dict(model, optimizer)
@@ -147,8 +148,7 @@ def fsdp(gigabytes: float, folder: Path, repeats: int) -> Measured:
     return found
 
 
-def gathering(gigabytes: float, folder: Path, repeats: int) -> Measured:
-    model = model_of(gigabytes)
+def gathering(model: nn.Module, folder: Path, repeats: int) -> Measured:
     optimizer = distadam.AdamW(model.named_parameters())
     step(model, optimizer)
     path = folder / "gathered.pt"
@@ -191,12 +191,12 @@ def write(result: dict[str, Any], stem: Path) -> None:
     ]
     for row in result["rows"]:
         times = f"{row['min_s']:.3f}, {row['median_s']:.3f}, {row['max_s']:.3f}"
-        lines.append(f"| {row['way']} | {row['what']} | {times} | {row['extra_mb']:,.0f} MB |")
+        lines.append(f"| {row['way']} | {row['what']} | {times} | {row['extra_mb']:,.1f} MB |")
     found = {row["what"]: row for row in result["rows"] if row["way"] == "distadam"}
     call, copy = (found[what]["seconds"] for what in ("asynchronous save: the call", "staging copy alone"))
     lines += [
         "",
-        f"A rank's slices are {result['shard_mb']:,.0f} MB, a chunk is {result['chunk_mb']:.1f} MB. The asynchronous "
+        f"A rank's slices are {result['shard_mb']:,.1f} MB, a chunk is {result['chunk_mb']:.1f} MB. The asynchronous "
         f"call takes {statistics.median(call) / statistics.median(copy):.2f} times the staging copy alone (medians; "
         f"fastest against fastest {min(call) / min(copy):.2f}). While the save is written, a step takes "
         f"{found['step meanwhile']['median_s'] / found['step']['median_s']:.2f} times as long.",
@@ -253,7 +253,10 @@ def main() -> None:
     rows = []
     try:
         for way in options.ways:
-            for what, measured in WAYS[way](options.gigabytes, options.folder, options.repeats).items():
+            WAYS[way](model_of(0, 64), options.folder, 1)
+            model = model_of(options.gigabytes)
+            slices_mb = 12e-6 * sum(param.numel() for param in model.parameters()) / dist.get_world_size()
+            for what, measured in WAYS[way](model, options.folder, options.repeats).items():
                 rows.append(row_of(way, what, measured))
                 if dist.get_rank() == 0:
                     print(f"{way}, {what}: {rows[-1]['median_s']:.3f} s, {rows[-1]['extra_mb']:,.0f} MB", flush=True)
@@ -271,7 +274,7 @@ def main() -> None:
                 "about": about,
                 "gigabytes": options.gigabytes,
                 "ranks": num_ranks,
-                "shard_mb": 1500 * options.gigabytes / num_ranks,
+                "shard_mb": slices_mb,
                 "chunk_mb": distadam.checkpoint.files.CHUNK_NBYTES / 1e6,
                 "rows": rows,
             }

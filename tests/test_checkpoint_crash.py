@@ -407,3 +407,29 @@ def test_extra_restores_schedulers_and_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), drawn[0])
     assert random.random() == drawn[1]
     assert json.dumps(optimizer.param_groups[0]["lr"]) == json.dumps(5e-3)
+
+
+def _save_at_odds(rank: int, folder: str) -> list[tuple[str, str]]:
+    """Return what was said when ranks save to different paths, and when one cannot save what it was given."""
+    model, optimizer = build(RULE, STORAGE)
+    said = []
+    for asynchronous in (False, True):
+        for path, extra in ((f"{folder}/{rank}", {}), (f"{folder}/same", {"it": object()} if rank else {})):
+            try:
+                checkpoint.save(path, model, optimizer, extra=extra, asynchronous=asynchronous)
+            except Exception as error:
+                said.append((type(error).__name__, str(error)))
+    checkpoint.save(f"{folder}/good", model, optimizer)  # nobody hangs, nothing is stuck
+    return said
+
+
+def test_ranks_at_odds_about_a_save_are_all_told(tmp_path: Path) -> None:
+    for rank, said in enumerate(run_ranks(2, _save_at_odds, str(tmp_path))):
+        assert [kind for kind, _ in said] == ["RankMismatchError", "ConfigError"] * 2
+        for _, text in said[::2]:
+            assert f"rank 0 saves to '{tmp_path}/0' but rank 1 to '{tmp_path}/1'" in text
+        for _, text in said[1::2]:
+            assert "save(extra=...) expected numbers" in text
+            assert text.startswith("rank 1: ") is (rank == 0)
+    checkpoint.verify(tmp_path / "good")
+    assert not list(tmp_path.glob("[01s]*/*"))

@@ -1,7 +1,8 @@
 """What saving, loading and converting hold beside the training state: a chunk, a shard, a parameter; never the whole.
 
 Anonymous memory of real processes, looked at every millisecond; the state is 192 MB in tensors of 16 MB, a chunk is
-8 MiB. The slack of 6 MB is for manifests, pickles and the allocator.
+8 MiB. The slack of 1 MB is for what a process takes once (imports, threads, pools), manifests and the allocator; 0.4 MB
+were measured.
 """
 
 import ctypes
@@ -22,8 +23,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.long
 COUNTS_BYTES = True
 
-PARAM, NUM_PARAMS, SLACK = 4096 * 1024 * 4, 4, 6_000_000
-READING = 6 * CHUNK_NBYTES  # an item as bytes, as a stream, as a tensor, and what is left of the one before
+PARAM, NUM_PARAMS, SLACK = 4096 * 1024 * 4, 4, 1_000_000
 WEIGHTS, WHOLE = NUM_PARAMS * PARAM, 3 * NUM_PARAMS * PARAM
 
 
@@ -54,14 +54,14 @@ def _save_and_load(rank: int, folder: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_a_rank_holds_a_chunk_while_it_saves_and_its_shard_while_it_saves_asynchronously_or_loads(
+def test_a_rank_holds_a_chunk_while_it_saves_its_shard_asynchronously_and_both_while_it_loads(
     num_ranks: int, tmp_path: Path
 ) -> None:
     shard = WHOLE / num_ranks
     for extra in run_ranks(num_ranks, _save_and_load, str(tmp_path)):
-        assert extra["sync"] < CHUNK_NBYTES + SLACK
+        assert extra["sync"] < CHUNK_NBYTES
         assert 0.9 * shard < extra["asynchronous"] < shard + SLACK  # it was measured, and no chunk comes on top
-        assert extra["load"] < shard + READING + SLACK
+        assert 0.9 * shard < extra["load"] < shard + CHUNK_NBYTES + SLACK
 
 
 def _convert(rank: int, folder: str) -> dict[str, int]:
@@ -86,9 +86,9 @@ def test_conversions_hold_a_parameter_and_never_the_whole(tmp_path: Path) -> Non
     most = {
         "describe": SLACK,
         "verify": CHUNK_NBYTES + SLACK,
-        "reshard": CHUNK_NBYTES + READING + SLACK,
-        "safetensors": PARAM + 4 * CHUNK_NBYTES + SLACK,
-        "torch": PARAM + 4 * CHUNK_NBYTES + SLACK,
+        "reshard": 2 * CHUNK_NBYTES + SLACK,
+        "safetensors": 2 * PARAM + CHUNK_NBYTES + SLACK,
+        "torch": PARAM + CHUNK_NBYTES + SLACK,
         "from torch": SLACK,
     }
     assert max(most.values()) < WEIGHTS < WHOLE

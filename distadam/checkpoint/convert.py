@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distadam.checkpoint import extra as extras
 from distadam.checkpoint import safetensors
-from distadam.checkpoint.files import Progress, Resolve, Slice, dtype_name, dtype_of, read_slices, write_slices
+from distadam.checkpoint.files import Progress, Resolve, Slice, dtype_name, dtype_of, write_slices
 from distadam.checkpoint.job import commit, versions
 from distadam.checkpoint.live import COMMON, blob, extra_key, row_major, state_key, weight_key
 from distadam.checkpoint.manifest import DCP_METADATA, Item, Manifest, ParamEntry, TensorEntry
@@ -169,10 +169,7 @@ def _reshard(
     old_keys = {new: old for old, new in keys.items()}
 
     def resolve(key: str, start: int, numel: int) -> Tensor:
-        entry = data[old_keys[key]]
-        tensor = torch.empty(numel, dtype=dtype_of(entry.dtype))
-        read_slices(saved.store, saved.manifest, [Slice(entry, start, tensor)])
-        return tensor
+        return saved.elements(old_keys[key], start, start + numel)
 
     return _write(Store(to), template, parts, resolve, progress)
 

@@ -1,9 +1,9 @@
 """Tensors in files, in torch.distributed.checkpoint's format, with a checksum for each item.
 
-The files are DCP's: ``torch.save`` of one slice after another, and a ``.metadata`` that DCP's own tools read. DCP's
-resharding says which items a range needs. What is ours: each item's CRC-32 is taken while it is written and compared
-before it is unpickled, and the loop that writes, for DCP's writer (torch 2.13) keeps a copy of every item until the
-file is closed, which doubles the shard's memory.
+The files are DCP's: ``torch.save`` of one slice after another, and a ``.metadata`` that DCP's own tools read. The loops
+that write and read are ours. Each item's CRC-32 is taken while it is written and compared before anything else is made
+of it. DCP's writer (torch 2.13) keeps a copy of every item until the file is closed, which doubles the shard's memory;
+its reader unpickles each item from a copy into fresh memory, where the bytes of its elements are all that is needed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import io
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -28,11 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from distadam.checkpoint.archive import tensor_bytes
 from distadam.checkpoint.manifest import Item, Manifest, TensorEntry, corrupt
-from distadam.checkpoint.raw import alone
+from distadam.checkpoint.raw import alone, as_bytes
 from distadam.checkpoint.store import Store
 from distadam.errors import IncompleteCheckpoint
 
@@ -65,32 +64,11 @@ class Slice:
     start: int
     tensor: Tensor
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """Return the range, as DCP wants it."""
-        return [ChunkStorageMetadata(torch.Size([self.start]), self.tensor.shape)]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """Return the elements."""
-        return self.tensor
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        """Return what DCP writes: items of at most `CHUNK_NBYTES`."""
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (start, tensor) of what becomes an item each: at most `CHUNK_NBYTES`."""
         step = max(1, CHUNK_NBYTES // self.tensor.element_size())
-        properties = TensorProperties(dtype=self.tensor.dtype)
-        return [
-            WriteItem(
-                MetadataIndex(fqn, [self.start + begin]),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    ChunkStorageMetadata(
-                        torch.Size([self.start + begin]), torch.Size([min(step, self.tensor.numel() - begin)])
-                    ),
-                    properties,
-                    torch.Size([self.entry.numel]),
-                ),
-            )
-            for begin in range(0, self.tensor.numel(), step)
-        ]
+        for begin in range(0, self.tensor.numel(), step):
+            yield self.start + begin, self.tensor[begin : begin + step]
 
 
 class _ItemStream:
@@ -131,9 +109,8 @@ def write_slices(
     items, name = [], f"{prefix}_0.distcp"
     with store.open(name, "wb") as file:
         for part in wanted:
-            for item in part.__create_write_items__(part.entry.key, part):
-                start, numel = _range(item)
-                tensor = part.tensor[start - part.start : start - part.start + numel]
+            for start, tensor in part.pieces():
+                numel = tensor.numel()
                 if tensor.is_meta and resolve is not None:
                     tensor = resolve(part.entry.key, start, numel)
                 offset, stream = file.tell(), _ItemStream(file, progress)
@@ -143,11 +120,6 @@ def write_slices(
         if store.is_local:
             os.fsync(file.fileno())
     return {name: items}
-
-
-def _range(item: WriteItem) -> tuple[int, int]:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk.offsets[0], item.tensor_data.chunk.sizes[0]
 
 
 def dcp_metadata(manifest: Manifest) -> Metadata:
@@ -172,71 +144,58 @@ def pickle_metadata(manifest: Manifest) -> bytes:
     return pickle.dumps(dcp_metadata(manifest))
 
 
-class _LoadPlanner(DefaultLoadPlanner):
-    """Resolves a read item to the part of the slice that it fills."""
+class Reader:
+    """Reads ranges of a checkpoint's tensors; one item is in memory at a time, in a buffer that is used again.
 
-    def __init__(self, slices: Sequence[Slice], metadata: Metadata) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._targets: list[Tensor] = []
-        self.items: list[ReadItem] = []
-        self._target_of: dict[int, Tensor] = {}
-        for part in slices:
-            entry = metadata.state_dict_metadata[part.entry.key]
-            assert isinstance(entry, TensorStorageMetadata)
-            for item in create_read_items_for_chunk_list(part.entry.key, entry, part.__create_chunk_list__()):
-                self._target_of[id(item)] = part.tensor
-                self.items.append(item)
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Return where the elements go."""
-        start, length = read_item.dest_offsets[0], read_item.lengths[0]
-        return self._target_of[id(read_item)][start : start + length]
-
-
-class _Reader(FileSystemReader):
-    """Compares checksums before anything is unpickled."""
-
-    def __init__(self, store: Store, manifest: Manifest, progress: Progress | None) -> None:
-        super().__init__(store.path)
-        self._store, self._progress = store, progress
-        self.fs, self.path = store.fs, store.path  # type: ignore[assignment]
-        self._items = {(name, item.offset): item for name, items in manifest.files.items() for item in items}
-
-    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
-        item = self._items[sinfo.relative_path, sinfo.offset]
-        file.seek(item.offset)
-        data = file.read(item.nbytes)
-        if len(data) != item.nbytes or zlib.crc32(data) != item.crc32:
-            raise corrupt(self._store, sinfo.relative_path, item)
-        if self._progress is not None:
-            self._progress(len(data))
-        return io.BytesIO(data)
-
-
-def read_slices(store: Store, manifest: Manifest, slices: Iterable[Slice], progress: Progress | None = None) -> None:
-    """Fill the slices' tensors (CPU, of the stored dtype) from the files; one item is in memory at a time.
-
-    Raises:
-        IncompleteCheckpoint: a file, or elements of a tensor, are missing.
-        CorruptShard: names the file and the tensor.
+    Args:
+        store: the checkpoint's directory.
+        manifest: its table of contents.
     """
-    wanted = [part for part in slices if part.tensor.numel()]
-    metadata = dcp_metadata(manifest)
-    planner = _LoadPlanner(wanted, metadata)
-    missing = {part.entry.key: 0 for part in wanted}
-    for part in wanted:
-        missing[part.entry.key] += part.tensor.numel()
-    for item in planner.items:
-        missing[item.dest_index.fqn] -= item.lengths[0]
-    lacking = [key for key, count in missing.items() if count]
-    if lacking:
-        raise IncompleteCheckpoint(
-            f"{store.path}: {missing[lacking[0]]} elements of tensor {lacking[0]!r} are missing."
-        )
-    planner.items.sort(key=lambda item: metadata.storage_data[item.storage_index].offset)
-    reader = _Reader(store, manifest, progress)
-    reader.set_up_storage_reader(metadata, is_coordinator=False)
-    try:
-        reader.read_data(LoadPlan(planner.items), planner).wait()
-    except FileNotFoundError as error:
-        raise IncompleteCheckpoint(f"{store.path}: file {error.filename} is missing.") from error
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self._store, self._buffer = store, bytearray()
+        self._items: dict[str, list[tuple[str, Item]]] = {}
+        for name, items in manifest.files.items():
+            for item in items:
+                self._items.setdefault(item.key, []).append((name, item))
+
+    def read(self, entry: TensorEntry, start: int, end: int, progress: Progress | None = None) -> Tensor:
+        """Return elements [start, end) of a stored tensor, on the CPU.
+
+        Raises:
+            IncompleteCheckpoint: a file, or elements of the tensor, are missing.
+            CorruptShard: names the file and the tensor.
+        """
+        tensor = torch.empty(end - start, dtype=dtype_of(entry.dtype))
+        wanted = [
+            (name, item, range(max(start, item.start), min(end, item.start + item.numel)))
+            for name, item in self._items.get(entry.key, ())
+        ]
+        wanted = sorted((part for part in wanted if part[2]), key=lambda part: (part[0], part[1].offset))
+        lacking = tensor.numel() - sum(len(part) for _, _, part in wanted)
+        if lacking:
+            raise IncompleteCheckpoint(f"{self._store.path}: {lacking} elements of tensor {entry.key!r} are missing.")
+        target, size = as_bytes(tensor), tensor.element_size()
+        for name, parts in groupby(wanted, key=lambda part: part[0]):
+            try:
+                with self._store.open(name) as file:
+                    for _, item, part in parts:
+                        data = self._elements(file, name, item, tensor.dtype)
+                        source = data[(part.start - item.start) * size : (part.stop - item.start) * size]
+                        target[(part.start - start) * size : (part.stop - start) * size] = source
+                        if progress is not None:
+                            progress(item.nbytes)
+            except FileNotFoundError as error:
+                raise IncompleteCheckpoint(f"{self._store.path}: file {error.filename} is missing.") from error
+        return tensor
+
+    def _elements(self, file: IO[bytes], name: str, item: Item, dtype: torch.dtype) -> memoryview:
+        """Return the bytes of an item's elements, as they are until the next item; looks at the checksum first."""
+        if len(self._buffer) < item.nbytes:
+            self._buffer = bytearray(item.nbytes)
+        data = memoryview(self._buffer)[: item.nbytes]
+        file.seek(item.offset)
+        if cast(io.BufferedIOBase, file).readinto(data) != item.nbytes or zlib.crc32(data) != item.crc32:
+            raise corrupt(self._store, name, item)
+        found = tensor_bytes(data, item.numel * dtype.itemsize)
+        return as_bytes(torch.load(io.BytesIO(data), "cpu", weights_only=True)) if found is None else found

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distadam.checkpoint import extra as extras
-from distadam.checkpoint.files import Progress, Slice, dtype_of, read_slices
+from distadam.checkpoint.files import Progress, Reader
 from distadam.checkpoint.live import state_key, weight_key
 from distadam.checkpoint.manifest import Manifest, ParamEntry, check_sizes, read_manifest
 from distadam.checkpoint.raw import as_bytes
@@ -38,6 +38,10 @@ class Saved:
     store: Store
     manifest: Manifest
     names: dict[str, ParamEntry]
+    _reader: Reader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._reader = Reader(self.store, self.manifest)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], rename: Rename = None) -> Saved:
@@ -108,10 +112,7 @@ class Saved:
 
     def elements(self, key: str, start: int, end: int, progress: Progress | None = None) -> Tensor:
         """Read elements [start, end) of a stored tensor."""
-        entry = self.manifest.tensors[key]
-        tensor = torch.empty(end - start, dtype=dtype_of(entry.dtype))
-        read_slices(self.store, self.manifest, [Slice(entry, start, tensor)], progress)
-        return tensor
+        return self._reader.read(self.manifest.tensors[key], start, end, progress)
 
     def blob(self, key: str) -> Any:
         """Return the values behind a tensor of bytes."""

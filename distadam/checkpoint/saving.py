@@ -7,8 +7,11 @@ import secrets
 import time
 import weakref
 from collections.abc import Mapping
+from functools import partial
+from hashlib import blake2b
 from typing import Any
 
+import torch
 from torch import nn
 
 from distadam.checkpoint import background
@@ -23,6 +26,8 @@ from distadam.checkpoint.store import Store
 from distadam.engine.access import Access
 from distadam.engine.votes import Purpose
 from distadam.errors import ConfigError, RankMismatchError
+
+_DIGEST, _IDENTITY = 16, 32
 
 
 def save(
@@ -73,15 +78,31 @@ def save(
         store.make()
     except Exception as caught:
         error = as_ours(caught, what)
-    proposals = agree(access, what, error, (os.fspath(path), f"{time.time_ns():x}{secrets.token_hex(2)}"))
-    _same_path([given for given, _ in proposals])
+    identity = _meet(access, what, error, os.fspath(path))
     rank = access.collectives.groups.rank
-    template = _template(live, access, proposals[0][1]) if rank == 0 else None
-    job = Job(store, proposals[0][1], rank, access.collectives.groups.num_ranks, parts, template, keep_last)
+    template = partial(_template, live, access, identity) if rank == 0 else None
+    job = Job(store, identity, rank, access.collectives.groups.num_ranks, parts, template, keep_last)
     if asynchronous:
         return background.submit(optimizer, job)
     _write_now(access, job, what)
     return Save(job, weakref.ref(optimizer))
+
+
+def _meet(access: Access, what: str, error: Exception | None, path: str) -> str:
+    """Return the save's id, the first rank's, once all ranks are ready to save to one path; raise on all what is wrong.
+
+    A few bytes, combined by maximum, where all is well: whether a rank failed, the path's hash and its complement, the
+    id. Only ranks that learn of a difference exchange texts.
+    """
+    digest = blake2b(path.encode(), digest_size=_DIGEST).digest()
+    identity = f"{time.time_ns():x}{secrets.token_hex(2)}" if access.collectives.groups.rank == 0 else ""
+    ballot = bytes([error is not None]) + digest + bytes(255 - byte for byte in digest) + identity.encode()
+    votes = bytearray(ballot.ljust(1 + 2 * _DIGEST + _IDENTITY, b"\0"))
+    access.collectives.agree(torch.frombuffer(votes, dtype=torch.uint8), what)
+    failed, largest, complement = votes[0], votes[1 : 1 + _DIGEST], votes[1 + _DIGEST : 1 + 2 * _DIGEST]
+    if failed or any(a + b != 255 for a, b in zip(largest, complement, strict=True)):
+        _same_path(agree(access, what, error, path))
+    return votes[1 + 2 * _DIGEST :].rstrip(b"\0").decode()
 
 
 def _same_path(paths: list[str]) -> None:
