@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 import torch
 
-VERSION = 1
+VERSION = 2
 """That of library.c."""
 
 MAX_STATES = 3
