@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import signal
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,11 +28,13 @@ from distadam.comm import symmetric as symmetric_module
 from distadam.comm import tree as tree_module
 from distadam.comm.device_memory import DeviceMemory
 from distadam.comm.exchange import Exchange
+from distadam.comm.streams import Work
 from distadam.comm.symmetric import Symmetric
 from distadam.comm.tree import TreeSum
 from distadam.errors import CommError, ConfigError
 from tests.ranks import Pool, RanksFailed, run_ranks
-from tests.symmetric_double import Devices, DoubleHandle, DoubleMemory, devices
+from tests.symmetric_double import Devices, DoubleHandle, DoubleMemory, Mark, devices
+from tests.test_dry_run import MixedDevices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -160,6 +163,47 @@ def test_sum_on_a_device_never_reaches_code_for_the_cpu() -> None:
     assert [block.device for block in tree.scratch] == [meta]
 
 
+class MetaMemory:
+    """Memory of a device that can bring nothing to the host; its lane is the current stream."""
+
+    device = torch.device("meta")
+
+    def empty(self, numel: int, dtype: torch.dtype) -> tuple[Tensor, MetaMemory]:
+        return torch.empty(numel, dtype=dtype, device="meta"), self
+
+    def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def barrier(self, channel: int, timeout_ms: int) -> None:
+        pass
+
+    def lane(self) -> MetaMemory:
+        return self
+
+    def run(self, call: Callable[[], object]) -> Work:
+        call()
+        mark = Mark()
+        mark.over.set()
+        return mark
+
+
+def test_collectives_never_wait_for_the_device() -> None:
+    """On meta whatever would bring a value to the host raises, and so does what mixes devices."""
+    memory: Any = MetaMemory()
+    over, mapped = Symmetric(memory, 1, 3, 30.0), Symmetric(memory, 1, 3, 30.0)
+    with MixedDevices() as mode:
+        for dtype in DTYPES:
+            wide = torch.promote_types(dtype, torch.float32)
+            full = torch.empty(3 * 300_032, dtype=dtype, device="meta")
+            shard = torch.empty(300_032, dtype=wide, device="meta")
+            over.reduce_scatter(shard, full)
+            over.all_gather(full, full[300_032:600_064])
+            mapped.all_gather(mapped.empty(3 * 300_032, dtype), full[300_032:600_064])
+        assert mode.operations
+        with pytest.raises(RuntimeError, match="meta"):
+            over.probe()  # which does wait: the check can fail
+
+
 # The optimizer --------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +226,9 @@ def _train(rank: int, how: str, dtype: torch.dtype, prefetch: bool, bucket_nbyte
     if how != "device":
         return _steps(rank, CommPolicy(reduce=how, bucket_mb=bucket_nbytes / 2**20), dtype, prefetch)
     with devices(latest_s=0.001), mock.patch.object(symmetric_module, "STAGE_NBYTES", 4096):
-        return _steps(rank, CommPolicy(reduce="shared", bucket_mb=bucket_nbytes / 2**20), dtype, prefetch)
+        result = _steps(rank, CommPolicy(reduce="shared", bucket_mb=bucket_nbytes / 2**20), dtype, prefetch)
+        assert {name for name, _ in Devices.seen} >= {"_add", "_copy"}  # parameters are read where they are
+        return result
 
 
 def _steps(rank: int, comm: CommPolicy, dtype: torch.dtype, prefetch: bool) -> list[Tensor]:
@@ -213,10 +259,8 @@ def _steps(rank: int, comm: CommPolicy, dtype: torch.dtype, prefetch: bool) -> l
                     param.mul_(0.5)
             optimizer.reload_parameters()
     state = optimizer.full_state_dict(to=None)["state"]
-    how = optimizer.kernel_report().as_dict()[0]["reason_of_reduce"]
-    assert ("by symmetric memory" in str(how)) == isinstance(
-        optimizer._collectives._on_device.get(torch.device("cpu")), Symmetric
-    )
+    why = str(optimizer.kernel_report().as_dict()[0]["reason_of_reduce"])
+    assert ("by symmetric memory" in why) == (comm.reduce == "shared")
     return seen + [value for entry in state.values() for value in entry.values()]
 
 
@@ -292,6 +336,24 @@ def test_shared_is_refused_on_all_ranks_with_the_reason(case: str, reason: str) 
         assert 'use reduce="auto" or "native"' in message
 
 
+def _refused_by_another_replica(rank: int) -> str:
+    """Ranks 2 and 3 are a shard group without an obstacle."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2))
+    with (
+        devices(),
+        mock.patch.object(Devices, "obstacle", "torch 2.9 has no symmetric memory" if rank == 1 else ""),
+        pytest.raises(ConfigError) as raised,
+    ):
+        distadam.SGD([nn.Parameter(torch.ones(100))], comm=CommPolicy(reduce="shared"), shard=ShardPolicy(mesh=mesh))
+    return str(raised.value)
+
+
+@pytest.mark.long
+def test_shared_is_refused_by_all_replicas_where_one_cannot() -> None:
+    for message in run_ranks(4, _refused_by_another_replica):
+        assert "rank 1: torch 2.9 has no symmetric memory" in message
+
+
 def _without_a_device(rank: int) -> str:
     """torch's own module, which has no allocator for this device here."""
     group = dist.group.WORLD
@@ -332,6 +394,19 @@ def test_torchs_handle_takes_what_is_passed() -> None:
         signature = str(getattr(_SymmetricMemory, name).__doc__).splitlines()[0]
         theirs = re.findall(r"(\w+): ", signature)[1:]
         assert theirs == ours, signature
+
+
+def _devices_differ(rank: int) -> str:
+    owner = nn.Module()
+    collectives = Collectives(Groups.resolve(ShardPolicy(), None, owner), Streams(), None, "shared")
+    with pytest.raises(ConfigError) as raised:
+        collectives.map_devices([torch.device("cuda", index) for index in range(1 + rank)])
+    return str(raised.value)
+
+
+def test_parameters_on_different_numbers_of_devices_are_refused() -> None:
+    for message in run_ranks(2, _devices_differ):
+        assert "parameters lie on different numbers of devices ([1, 2], by rank)" in message
 
 
 def _on_cuda(rank: int, reduce: str) -> tuple[str, str]:
