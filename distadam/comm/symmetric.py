@@ -12,8 +12,8 @@ host by as much as a step, so what a host knows never allows a device to overwri
   in `step` nor by hand. A gather that nobody has waited for (`prefetch`) lies on the lane before the reduction that the
   next update of the bucket waits for.
 
-So a buffer is its owner's again after `wait`, as with NCCL, and one barrier more would be one too many: each of them
-is needed (tests/test_symmetric.py takes them out one by one).
+So a buffer is its owner's again after `wait`, as with NCCL. Each barrier is needed: tests/test_symmetric.py takes them
+out one by one.
 
 Note [Staged]: parameters lie in symmetric memory and are read where they are. Gradients are copied to a staging buffer
 first, a part of the bucket at a time. Which of its pool's buffers a rank fills depends on its own backward, and a pool
@@ -22,7 +22,8 @@ when it launches. The copy stays on the device, which writes a bucket faster tha
 and the pool gets its buffer back once it is copied.
 
 A sum is taken in the order of `Exchange` in float32 (float64 for float64), so with its bits. A barrier that waits
-longer than the timeout stops the device with an error, which CUDA reports with some later call.
+longer than the timeout stops the device with an error, which CUDA reports with some later call; so does that of a
+reduction that not all ranks have launched before the optimizer went.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from distadam.comm.tree import TreeSum
 STAGE_NBYTES = 64 << 20
 """Bytes of the staging buffer, which all ranks' parts of a bucket pass through."""
 
-_SUM_NUMEL = 1 << 20  # more than hides what a launch costs, four of them beside the staging buffer
+_SUM_NUMEL = 1 << 20  # elements for one launch of an addition
 _CHANNEL = 0
 
 
