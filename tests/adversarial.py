@@ -230,6 +230,8 @@ class LateCollectives:
     """Stands for `distadam.comm.Collectives` in a `World`."""
 
     memory = None
+    on_one_host = False
+    unshared = "a test"
 
     def __init__(self, groups: Groups, streams: Streams, *_: Any) -> None:
         self.groups = groups
