@@ -641,6 +641,7 @@ class ShardedOptimizer(torch.optim.Optimizer, Joinable):
         precision = self._policies[1]
         choices = places.storage_choices(self.param_groups, names, precision, self._rule.name)
         specs = places.param_specs(trainable, self.param_groups, names, choices)
+        self._collectives.map_devices(param.device for param in trainable)
         groups = self._collectives.groups
         if self._layout is None:
             nbytes = self._policies[2].bucket_nbytes(groups.num_shards)

@@ -115,8 +115,9 @@ class CommPolicy:
         overlap_gather: let gathers run while the next buckets are updated; False waits for each.
         reduce: "native": the backend's own reduce-scatter and all-gather; "exchange": pairwise sends and a float32 sum
             in a fixed order, for CPU parameters; "shared": the same bits by reading each other's memory on one host,
-            and on several, with equally many ranks each, inside them, with messages between them; "auto": for CPU
-            parameters shared where ranks lie so, else exchange over gloo; native elsewhere.
+            and on several, with equally many ranks each, inside them, with messages between them; CUDA parameters on
+            one host only, by torch's symmetric memory (not run on a GPU yet); "auto": for CPU parameters shared where
+            ranks lie so, else exchange over gloo; native elsewhere.
         timeout_s: seconds that a collective may take; None is the process group's own timeout.
     """
 

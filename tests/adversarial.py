@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,9 @@ class LateCollectives:
 
     def transport(self, device: torch.device) -> tuple[str, str]:
         return "native", "a test"
+
+    def map_devices(self, devices: Iterable[torch.device]) -> None:
+        pass
 
     def landing_dtype(self, wire: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
         return wire

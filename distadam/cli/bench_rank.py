@@ -41,27 +41,41 @@ def _clock(action: Callable[[], object], repeats: int, meet: Callable[[], object
     """Return milliseconds of ``action``, which all ranks begin together; the first time does not count."""
     times = []
     for _ in range(repeats + 1):
+        _finish()
         meet()
         began = time.perf_counter()
         action()
+        _finish()
         times.append(1e3 * (time.perf_counter() - began))
     return times[1:]
+
+
+def _finish() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _comm(sizes: list[float], repeats: int) -> Iterator[tuple[Result, int]]:
     """Reduce-scatter and all-gather of float32 buffers of ``sizes`` MiB by every transport."""
     info = distadam.init_process_group()
     device = info.device
-    for transport in _TRANSPORTS if device.type == "cpu" else _TRANSPORTS[:1]:
+    for transport in _TRANSPORTS if device.type == "cpu" else ("native", "shared"):
         owner = _Owner()
         groups = Groups.resolve(distadam.ShardPolicy(), None, owner)
         collectives = Collectives(groups, Streams(), None, transport)
-        missing = transport == "shared" and info.world_size > 1 and collectives.memory is None
+        missing = _unshared(collectives, device) if transport == "shared" and info.world_size > 1 else ""
         for size in sizes:
             for name, times, nbytes in _sized(collectives, size, 0 if missing else repeats, device):
-                note = "ranks do not share memory" if missing else ""
                 title = f"{name}, {transport}, {size:g} MiB"
-                yield Result(name=title, times_ms=times, nbytes=nbytes, note=note), info.rank
+                yield Result(name=title, times_ms=times, nbytes=nbytes, note=missing), info.rank
+
+
+def _unshared(collectives: Collectives, device: torch.device) -> str:
+    try:
+        collectives.map_devices([device])
+    except distadam.ConfigError as error:
+        return str(error)
+    return "ranks do not share memory" if device.type == "cpu" and collectives.memory is None else ""
 
 
 def _sized(

@@ -10,7 +10,7 @@ gives it up), and this rank's part is copied out by the first `wait`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from distadam.comm.device_memory import DeviceMemory
 from distadam.comm.exchange import Exchange
 from distadam.comm.groups import Groups, count_call, silence_s
 from distadam.comm.hosts import Hosts, machine_identity
@@ -26,7 +27,8 @@ from distadam.comm.mixed import Mixed
 from distadam.comm.phase import note
 from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
 from distadam.comm.streams import DONE, Pending, Streams, Work
-from distadam.errors import CommError
+from distadam.comm.symmetric import Symmetric, meet_on_device
+from distadam.errors import CommError, ConfigError
 
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -76,6 +78,7 @@ class Collectives:
         self._reduce = reduce
         self._num_private = 0
         self._exchanges: dict[ProcessGroup, Exchange | Shared | Mixed] = {}
+        self._on_device: dict[torch.device, Symmetric] = {}
         self.hosts: Hosts | None = None
         self.memory: SharedMemory | None = None
         if reduce in ("auto", "shared") and groups.shard_control is not None and _has_cpu(groups.shard):
@@ -109,6 +112,42 @@ class Collectives:
             names = [f"rank {other}" for other in dist.get_process_group_ranks(control)]
             self.memory = meet(names, rank, self.hosts.local(rank), swap)
 
+    def map_devices(self, devices: Iterable[torch.device]) -> None:
+        """Let ranks read each other's memory on these CUDA devices, where ``reduce="shared"`` asks for it.
+
+        Collective: every rank of shard x replicate, before it makes buffers there. Syncs: until ranks have met.
+
+        Raises:
+            ConfigError: on all ranks, where some cannot, with the reason.
+        """
+        asked = [device for device in dict.fromkeys(devices) if device.type == DeviceMemory.DEVICE_TYPE]
+        if self._reduce != "shared" or self.groups.shard is None or not asked:
+            return
+        what = "mapping memory of devices"
+        reason = self._map(self.groups.shard, [device for device in asked if device not in self._on_device], what)
+        reason = next(filter(None, self.exchange(reason, what)), "")
+        if reason:
+            raise ConfigError(
+                'CommPolicy(reduce="shared") expected the ranks of a shard group to be processes of one host whose '
+                f'devices map each other\'s memory, but found that {reason}; use reduce="auto" or "native".'
+            )
+
+    def _map(self, group: ProcessGroup, devices: list[torch.device], what: str) -> str:
+        """Return why ranks of the shard group cannot map each other's devices: the same on all of them."""
+
+        def swap(value: Any) -> list[Any]:
+            return self._swap(value, self.groups.shard_control, what)
+
+        numbers = swap(len(devices))
+        if len(set(numbers)) > 1:
+            return f"parameters lie on different numbers of devices ({numbers}, by rank)"
+        for device in devices:
+            found = meet_on_device(DeviceMemory(group, device), group, silence_s(group, self._timeout_s), swap)
+            if isinstance(found, str):
+                return found
+            self._on_device[device] = found
+        return ""
+
     def _swap(self, value: Any, group: ProcessGroup | None, what: str) -> list[Any]:
         answers: list[Any] = [None] * dist.get_world_size(group)
         count_call(group)  # type: ignore[arg-type]
@@ -126,7 +165,12 @@ class Collectives:
         return failure
 
     def empty(self, kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return uninitialised memory; that of buffers that travel is where they travel from."""
+        """Return uninitialised memory; that of buffers that travel is where they travel from.
+
+        Collective: of "parameters", every rank of shard x replicate, in one order.
+        """
+        if device in self._on_device and kind == "parameters":
+            return self._mapped(numel, dtype, device)
         if self.memory is not None and device.type == "cpu" and kind in _TRAVELLING:
             if kind == "parameters" and self._shares_parameters:
                 return self._common(numel, dtype)
@@ -136,6 +180,12 @@ class Collectives:
         self._num_private += 1
         skipped = stagger_nbytes(self._num_private, numel * dtype.itemsize) // dtype.itemsize
         return torch.empty(skipped + numel, dtype=dtype)[skipped:]
+
+    def _mapped(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        try:
+            return self._on_device[device].empty(numel, dtype)
+        except RuntimeError as error:
+            raise CommError(f"mapping parameters failed on rank {self.groups.rank}: {error}") from error
 
     def _common(self, numel: int, dtype: torch.dtype) -> Tensor:
         assert self.memory is not None
@@ -151,6 +201,8 @@ class Collectives:
 
     def release(self, tensor: Tensor) -> None:
         """Forget memory from `empty`."""
+        if tensor.device in self._on_device:
+            self._on_device[tensor.device].release(tensor)
         if self.memory is not None:
             self.memory.release(tensor)
 
@@ -160,6 +212,10 @@ class Collectives:
         if not data:
             return "none", "one rank"
         backends = sorted({group._get_backend(device).name() for group in data} if device.type == "cpu" else set())
+        if device in self._on_device:
+            return "shared", 'CommPolicy(reduce="shared"), by symmetric memory of the devices of one host'
+        if self._reduce == "shared" and device.type == DeviceMemory.DEVICE_TYPE:
+            return "native", "one rank in the shard group: nothing to read from peers"
         if self._reduce != "auto":
             several = self.memory is not None and not self.on_one_host
             return self._reduce, f'CommPolicy(reduce="{self._reduce}")' + (f", {self.hosts}" if several else "")
@@ -171,7 +227,8 @@ class Collectives:
         if backends == ["mpi4py"]:
             why = "MPI's own reduce-scatter adds up in an order of its own, and knows no 16-bit numbers"
             return "exchange", f"{why}{beside}"
-        return "native", f"the backend of {device.type} tensors has its own"
+        unmeasured = '; "shared" was never measured there' if device.type == DeviceMemory.DEVICE_TYPE else ""
+        return "native", f"the backend of {device.type} tensors has its own{unmeasured}"
 
     def landing_dtype(self, wire: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype in which `reduce_scatter` delivers: exchange adds up in float32 and keeps it."""
@@ -181,8 +238,12 @@ class Collectives:
         return self.transport(device)[0] in ("exchange", "shared")
 
     def scratch(self) -> list[Tensor]:
-        """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group."""
-        return [tensor for exchange in self._exchanges.values() for tensor in exchange.scratch()]
+        """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group.
+
+        On CUDA devices that ranks map, what gradients are sent from (64 MiB) and blocks.
+        """
+        over = [*self._exchanges.values(), *self._on_device.values()]
+        return [tensor for exchange in over for tensor in exchange.scratch()]
 
     def _exchange_over(self, group: ProcessGroup) -> Exchange | Shared | Mixed:
         if group not in self._exchanges:
@@ -230,7 +291,7 @@ class Collectives:
             return self._start("reduce_scatter", groups.shard, full, _reduce_scatter, shard, full, what=what)
 
         def replicate() -> Pending:
-            call = self._exchange_sum if exchanges else dist.all_reduce
+            call = self._exchange_sum if exchanges and full.device not in self._on_device else dist.all_reduce
             return self._start("all_reduce", groups.replicate, shard, call, shard, what=what)
 
         if groups.replicate is None:
@@ -254,10 +315,10 @@ class Collectives:
         )
 
     def _exchange_scatter(self, shard: Tensor, full: Tensor, *, group: ProcessGroup, async_op: bool) -> Work:
-        return self._exchange_over(group).reduce_scatter(shard, full)
+        return (self._on_device.get(full.device) or self._exchange_over(group)).reduce_scatter(shard, full)
 
     def _exchange_gather(self, full: Tensor, shard: Tensor, *, group: ProcessGroup, async_op: bool) -> Work:
-        return self._exchange_over(group).all_gather(full, shard)
+        return (self._on_device.get(full.device) or self._exchange_over(group)).all_gather(full, shard)
 
     def _exchange_sum(self, tensor: Tensor, *, group: ProcessGroup, async_op: bool) -> Work:
         return self._exchange_over(group).all_reduce(tensor)

@@ -165,6 +165,38 @@ class Pending:
 DONE = Pending(None)
 
 
+class Lane:
+    """A CUDA stream for collectives that are made of several operations: these run in order, beside the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def run(self, call: Callable[[], object]) -> Work:
+        """Do what ``call`` launches after all that the lane and the current stream have been given so far."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            call()
+            return _Reached(self._device, self._stream.record_event())
+
+
+class _Reached:
+    """The point on a lane after some work."""
+
+    def __init__(self, device: torch.device, event: torch.cuda.Event) -> None:
+        self._device = device
+        self._event = event
+
+    def is_completed(self) -> bool:
+        """Say whether the device is there."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Make the current stream wait."""
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+        return True
+
+
 class Streams:
     """Launches collectives. The engine talks to asynchronous work through this class only."""
 

@@ -13,10 +13,18 @@ BLOCK_NUMEL = 131_072  # larger than what a call costs, smaller than what a cach
 
 
 class TreeSum:
-    """Adds buffers of all ranks pairwise in the order of a fixed binary tree over ranks, in the target's dtype."""
+    """Adds buffers of all ranks pairwise in the order of a fixed binary tree over ranks, in the target's dtype.
 
-    def __init__(self, num_ranks: int) -> None:
+    Args:
+        num_ranks: at most so many buffers.
+        device: where they lie.
+        block_numel: elements that are added up at a time.
+    """
+
+    def __init__(self, num_ranks: int, device: torch.device | None = None, block_numel: int = BLOCK_NUMEL) -> None:
         self._num_ranks = num_ranks
+        self._device = torch.device("cpu") if device is None else device
+        self._block_numel = block_numel
         self._blocks: dict[torch.dtype, Tensor] = {}
 
     @property
@@ -28,16 +36,16 @@ class TreeSum:
         """Make the buffers for sums in ``dtype`` now, so that no later call allocates."""
         if dtype not in self._blocks:
             depth = max(1, (self._num_ranks - 1).bit_length()) + 1
-            self._blocks[dtype] = torch.empty(depth, BLOCK_NUMEL, dtype=dtype)
+            self._blocks[dtype] = torch.empty(depth, self._block_numel, dtype=dtype, device=self._device)
 
     def add(self, target: Tensor, leaves: Sequence[Tensor]) -> None:
         """Write the sum of ``leaves`` (by rank) to ``target``, which may be one of them, block by block."""
-        if native.sum_ranks(target, leaves):
+        if target.device.type == "cpu" and native.sum_ranks(target, leaves):
             return
         self.reserve(target.dtype)
         blocks = self._blocks[target.dtype]
-        for start in range(0, target.numel(), BLOCK_NUMEL):
-            out = target[start : start + BLOCK_NUMEL]
+        for start in range(0, target.numel(), self._block_numel):
+            out = target[start : start + self._block_numel]
             numel = out.numel()
             parts = [leaf[start : start + numel] for leaf in leaves]
             for rank, part in enumerate(parts):

@@ -85,9 +85,12 @@ def check_reduce(names: Mapping[Tensor, str], reduce: str, unshared: str) -> Non
     Raises:
         ConfigError: names a parameter, or says that ranks share no memory.
     """
-    if reduce in ("exchange", "shared"):
-        _check_on_cpu(names, f'CommPolicy(reduce="{reduce}")', 'use reduce="auto"')
-    if reduce == "shared" and unshared:
+    if reduce == "exchange":
+        _check_device(names, 'CommPolicy(reduce="exchange")', 'use reduce="auto"')
+    if reduce == "shared":
+        _check_device(names, 'CommPolicy(reduce="shared")', 'use reduce="auto"', ("cpu", "cuda"), "CPU or CUDA")
+    on_cpu = any(param.device.type == "cpu" and param.requires_grad for param in names)
+    if reduce == "shared" and unshared and on_cpu:
         raise ConfigError(
             'CommPolicy(reduce="shared") expected the ranks of the shard group to be processes of one host and network '
             "namespace, or of several with equally many each, which reach each other's Unix sockets, but found that "
@@ -102,7 +105,7 @@ def check_sharing(names: Mapping[Tensor, str], share_parameters: bool, one_host:
         ConfigError: names a parameter, or says that ranks share no memory.
     """
     if share_parameters:
-        _check_on_cpu(names, "ShardPolicy(share_parameters=True)", "leave it out")
+        _check_device(names, "ShardPolicy(share_parameters=True)", "leave it out")
         if not one_host:
             raise ConfigError(
                 "ShardPolicy(share_parameters=True) expected the ranks of the shard group to be processes of one host "
@@ -111,11 +114,13 @@ def check_sharing(names: Mapping[Tensor, str], share_parameters: bool, one_host:
             )
 
 
-def _check_on_cpu(names: Mapping[Tensor, str], what: str, cure: str) -> None:
+def _check_device(
+    names: Mapping[Tensor, str], what: str, cure: str, types: tuple[str, ...] = ("cpu",), said: str = "CPU"
+) -> None:
     for param, name in names.items():
-        if param.device.type != "cpu" and param.requires_grad:
+        if param.device.type not in types and param.requires_grad:
             raise ConfigError(
-                f"parameter {name!r}: {what} expected CPU parameters but got one on {param.device}; {cure}."
+                f"parameter {name!r}: {what} expected {said} parameters but got one on {param.device}; {cure}."
             )
 
 
