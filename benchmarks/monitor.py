@@ -89,7 +89,7 @@ class Flood:
 
 def timed(model: Any, optimizer: Any, batches: Any, log: Any) -> tuple[float, float]:
     cpu_s = time.thread_time()
-    return watch.block(model, optimizer, batches, log), time.thread_time() - cpu_s
+    return watch.block(model, optimizer, batches, log)[0], time.thread_time() - cpu_s
 
 
 def measure(
