@@ -46,6 +46,7 @@ def _serve(connection: Connection, environment: dict[str, str], function: Any, a
         connection.send(function(*args))
     except Exception as error:
         connection.send((type(error).__name__, str(error)))
+    connection.poll(60)  # until it is killed: rank 0 has the store that the others still connect through
 
 
 def run_with(environments: list[dict[str, str]], function: Any, *args: Any) -> list[Any]:
