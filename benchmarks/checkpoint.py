@@ -233,7 +233,8 @@ def plot(result: dict[str, Any], target: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.3)
     right.axhline(result["shard_mb"], color="black", linewidth=1, linestyle="--", label="a rank's slices")
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=2)
+    right.set_ylim(top=1.25 * right.get_ylim()[1])
     figure.suptitle(f"{result['gigabytes']:g} GB of AdamW state, {result['ranks']} ranks")
     figure.savefig(target, dpi=120)
 
