@@ -169,7 +169,7 @@ def main() -> None:
     }
     bounds: dict[str, tuple[int, float]] = {}
     for dtype, master, moments in VARIANTS:
-        kernels = ["native", "torch_fused", *(["reference"] if options.reference else [])]
+        kernels = ["compiled", "torch_fused", *(["reference"] if options.reference else [])]
         for kernel in kernels:
             name = f"{str(dtype).removeprefix('torch.')} parameters, master {master}, moments {moments}, {kernel}"
             if options.only in name:

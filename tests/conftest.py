@@ -7,6 +7,7 @@ Without a GPU Triton's kernels run in its interpreter, which Triton decides when
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -33,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         num_ranks = item.callspec.params.get("num_ranks") if hasattr(item, "callspec") else None
         if isinstance(num_ranks, int) and 3 <= num_ranks <= 8 and item.originalname not in SHOWN_BY_MANY:
             item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whatever OMP_NUM_THREADS says: threads that wait for a busy core cost 100 times the work of a small tensor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distadam import native
+from distadam.kernels.compiled import disagreement
+
 Array = NDArray[np.longdouble]
 Options = dict[str, Any]
 
@@ -32,6 +35,9 @@ TORCH_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 FUSED_RULES = ("adam", "adamw", "sgd")
+
+CPU_KERNEL = "torch_fused" if native.obstacle() or disagreement() else "compiled"
+"""What fp32 updates of `FUSED_RULES` take on the CPU: torch's operations where there was no C compiler."""
 
 
 def _combinations(**choices: list[Any]) -> list[Options]:

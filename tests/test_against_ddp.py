@@ -15,7 +15,6 @@ they went (measured: 3e-7 at most, a few roundings; a systematic difference of o
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,14 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
     "rmsprop": {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "centered": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _network() -> nn.Sequential:

@@ -20,15 +20,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "anatomy-of-adam.md"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The example sets one thread for its process; this one goes on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def anatomy(monkeypatch) -> ModuleType:
     """The example, fresh: tests break it."""

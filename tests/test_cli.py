@@ -20,11 +20,12 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from typer.testing import CliRunner
 
 from distadam.cli import app
-from distadam.cli.cores import allowed_cpus, divide, find_cores, spell
+from distadam.cli.cores import divide, find_cores, spell
 from distadam.cli.failures import sort_failures
 from distadam.cli.launch import cpu_environment, share_cores
 from distadam.cli.rank_output import RankLines
 from distadam.comm import phase
+from distadam.doctor.system import allowed_cpus
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}

@@ -44,6 +44,7 @@ from distadam.doctor.storage import check_checkpoints
 from distadam.doctor.system import check_clock, check_open_files, check_shared_memory, compare_clocks
 from distadam.doctor.versions import Facts, check_versions, compare_facts
 from tests.ranks import run_ranks
+from tests.reference_optimizers import CPU_KERNEL
 
 ROOT = Path(__file__).parents[1]
 LO = Interface(name="lo", address="127.0.0.1", is_up=True, is_loopback=True)
@@ -258,10 +259,10 @@ def test_mismatched_torch_between_ranks_is_named():
 
 def test_unknown_kernel_is_named(monkeypatch):
     monkeypatch.delenv("DISTADAM_KERNEL", raising=False)
-    only(check_kernels(), "kernels.choice", "ok", "native (one pass over memory")
+    only(check_kernels(), "kernels.choice", "ok", f"{CPU_KERNEL} (")
     monkeypatch.setattr(native, "_load", lambda: (None, "DISTADAM_NATIVE=0"))
     only(check_kernels(), "kernels.choice", "ok", "torch_fused", "torch has no fused RMSprop")
-    only(check_kernels(), "kernels.native", "warning", "slower", "DISTADAM_NATIVE=0")
+    only(check_kernels(), "kernels.compiled", "warning", "slower", "DISTADAM_NATIVE=0")
     monkeypatch.setenv("DISTADAM_KERNEL", "fastest")
     only(check_kernels(), "kernels.choice", "error", "fastest")
 

@@ -20,7 +20,7 @@ A failure names its seed: ``run_ranks(num_ranks, tests.test_fuzz.run_seeds, num_
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -380,14 +380,6 @@ def run_seeds(rank: int, num_ranks: int, seeds: Sequence[int]) -> list[str]:
         if run.found:
             found.append("\n  ".join([f"seed {seed}, rank {rank} of {num_ranks}:", *run.found[:3], *run.log]))
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_ranks", SEEDS)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -62,15 +61,6 @@ OPTIONS_TO_RUN: dict[str, Options] = {
     "sgd": {"momentum": 0.9, "weight_decay": 0.01},
     "rmsprop": {"momentum": 0.9, "centered": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads that wait for a busy core cost 100 times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -412,7 +402,7 @@ def test_torch_fused_refuses_what_torch_does_not_fuse() -> None:
 @pytest.fixture
 def without_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether Triton or the compiled kernel would be chosen is tested in test_triton_engine.py and test_native.py."""
-    for name in ("triton_obstacle", "native_obstacle"):
+    for name in ("triton_obstacle", "compiled_obstacle"):
         monkeypatch.setattr(sys.modules["distadam.kernels.select"], name, lambda *_: "it is not asked here")
 
 
@@ -423,7 +413,7 @@ def without_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_select_prefers_torch_fused(name: str, device_type: str, dtype: torch.dtype) -> None:
     choice = select(RULES[name], make_group(name, {}), dtype, device_type)
     obstacles = {
-        "cpu": "not native: it is not asked here",
+        "cpu": "not compiled: it is not asked here",
         "cuda": "not triton: it is not asked here",
         "meta": None,
     }
@@ -479,12 +469,14 @@ def test_select_obeys_the_environment(forced: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("forced", ["fast", ""])
 def test_select_refuses_an_unknown_kernel(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTADAM_KERNEL", forced)
-    with pytest.raises(ConfigError, match=f"expected one of reference, torch_fused, native, triton but got '{forced}'"):
+    with pytest.raises(
+        ConfigError, match=f"expected one of reference, torch_fused, compiled, triton but got '{forced}'"
+    ):
         select(RULES["adam"], make_group("adam", {}), torch.float32, "cpu")
 
 
 def test_make_kernel_makes_what_was_chosen() -> None:
     kernels: list[Kernel] = [make_kernel(name, allocate) for name in ("reference", "torch_fused")]
     assert [kernel.name for kernel in kernels] == ["reference", "torch_fused"]
-    with pytest.raises(ConfigError, match="expected one of reference, torch_fused, native, triton but got 'fast'"):
+    with pytest.raises(ConfigError, match="expected one of reference, torch_fused, compiled, triton but got 'fast'"):
         make_kernel("fast", allocate)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -32,14 +32,6 @@ from tests.unsharded import average, backward, difference, make_params
 
 ORDERS = (1.0, 2.0, 3.0, math.inf, 0.5)
 NUM_RANKS = pytest.mark.parametrize("num_ranks", [1, 2, 3])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ulps(actual: Tensor, expected: float) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -80,15 +79,6 @@ def problem_for(name: str, group: Options, count: int, **arguments: Any) -> Prob
 @pytest.fixture
 def host_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distadam.rules.scalars.on_host", lambda tensor: False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads that wait for a busy core cost 100 times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_tables_cover_every_rule() -> None:

@@ -17,7 +17,7 @@ padding, or an element that nobody wrote, shows.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -53,14 +53,6 @@ from tests.unsharded import (
     poisoned,
     train,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _every_layout(rule: str) -> list[Case]:

@@ -28,15 +28,6 @@ EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda p
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads that wait for a busy core cost 100 times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def no_search_for_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at all live objects takes most of a small run's time."""
     monkeypatch.setattr("distadam.engine.places.refuse_ddp", lambda names: None)

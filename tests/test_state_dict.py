@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -38,15 +38,6 @@ SHAPES = ((64,), (8, 16), (4, 4, 4, 4), (320,), (2, 32))
 
 Params = list[nn.Parameter]
 Named = list[tuple[str, nn.Parameter]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads that wait for a busy core cost 100 times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

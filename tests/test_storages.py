@@ -11,7 +11,7 @@ smallest code, 2^-15.75 of the scale, may become 0; in unsigned ones, below 2^-3
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -35,21 +35,13 @@ from distadam.precision import (
     start_of,
 )
 from tests.ranks import run_ranks
-from tests.reference_optimizers import ORACLES, Problem, make_group
+from tests.reference_optimizers import CPU_KERNEL, ORACLES, Problem, make_group
 from tests.staggered import counts_bytes
 from tests.unsharded import BUCKET_MB, CLASSES, OPTIONS, backward, grads_of, make_params, poisoned, split_groups
 
 CPU = torch.device("cpu")
 STEP = torch.tensor(3.0)
 SPECIAL = [0x7FFFFFFF, 0x7F800001, 0x7F800000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F0000, 1, 0x8000, 0x007FFFFF, 0, 0x3F808000]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def empty(kind: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -559,8 +551,8 @@ def test_groups_choose_their_own_storages() -> None:
     groups = [{"params": [("embedding", embedding)], "moments": "fp32"}, {"params": [("rest", rest)]}]
     optimizer = distadam.AdamW(groups, precision=PrecisionPolicy(moments="8bit"))
     assert [row[1:5] for row in optimizer.kernel_report().rows] == [
-        (1, "native", "own", "8bit"),
-        (0, "native", "own", "fp32"),
+        (1, CPU_KERNEL, "own", "8bit"),
+        (0, CPU_KERNEL, "own", "fp32"),
     ]
     (embedding * rest).sum().backward()
     optimizer.step()

@@ -35,6 +35,7 @@ from distadam.errors import CommError, ConfigError
 from tests.ranks import Pool, RanksFailed, run_ranks
 from tests.symmetric_double import Devices, DoubleHandle, DoubleMemory, Mark, devices
 from tests.test_dry_run import MixedDevices
+from tests.test_shared import Model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -205,20 +206,6 @@ def test_collectives_never_wait_for_the_device() -> None:
 
 
 # The optimizer --------------------------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(dist.get_rank())  # the first rank's parameters count
-        self.layers = nn.ModuleList(nn.Linear(30, 30, dtype=dtype) for _ in range(4))
-        self.late = nn.Linear(30, 30, dtype=dtype).requires_grad_(False)
-
-    def forward(self, x: Tensor, skip: int | None = None, late: bool = False) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            if number != skip:
-                x = torch.tanh(layer(x))
-        return self.late(x) if late else x
 
 
 def _train(rank: int, how: str, dtype: torch.dtype, prefetch: bool, bucket_nbytes: int) -> list[Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,15 +41,6 @@ INFOS: dict[str, OptimizerInfo] = {info.optim_cls.__name__: info for info in opt
 HINTS = ("foreach", "fused", "differentiable", "capturable")
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 EVERY_OPTIMIZER = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads that wait for a busy core cost 100 times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import SWALR
 import distadam
 from distadam import CommPolicy, ConfigError, UsageError
 from tests.reference_optimizers import (
+    CPU_KERNEL,
     FUSED_RULES,
     ORACLES,
     TORCH_OPTIMIZERS,
@@ -55,15 +56,6 @@ FUSED_CASES = pytest.mark.parametrize(("name", "options"), cases(FUSED_RULES), i
 EVERY_CASE = pytest.mark.parametrize(("name", "options"), cases(), ids=case_id)
 
 Params = list[nn.Parameter]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On small tensors, threads that wait for a busy core cost 100 times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +159,7 @@ def test_bits_equal_torch_fused_over_50_steps(name: str, options: Options, dtype
         optimizer = OURS[name](interleaved_groups(params), **options, comm=CommPolicy(bucket_mb=bucket_mb))
         train(optimizer, params, range(NUM_STEPS))
         num_buckets.append(len(optimizer.layout.buckets))
-        kernel = "native" if dtype == torch.float32 else "torch_fused"
+        kernel = CPU_KERNEL if dtype == torch.float32 else "torch_fused"
         assert {row[2] for row in optimizer.kernel_report().rows} == {kernel}
         assert same_bits(results(optimizer, params), expected)
     assert num_buckets == ([6, 4, 1] if dtype == torch.float32 else [6])

@@ -19,7 +19,7 @@ import distadam
 from distadam.errors import ConfigError, UsageError
 from distadam.kernels import select
 from distadam.rules import RULES
-from tests.reference_optimizers import make_group
+from tests.reference_optimizers import CPU_KERNEL, make_group
 from tests.test_dry_run import KINDS, train
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'distadam[triton]')")
@@ -184,7 +184,7 @@ def test_select_says_why_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = select(RULES["adamw"], {**group, "eps": 0.0}, torch.float32, "cuda")
     assert choice.name == "torch_fused"
     assert "not triton: with eps=0" in str(choice)
-    assert select(RULES["adamw"], group, torch.float32, "cpu").name == "native"
+    assert select(RULES["adamw"], group, torch.float32, "cpu").name == CPU_KERNEL
     monkeypatch.setenv("DISTADAM_KERNEL", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="on the CPU Triton has its interpreter only"):

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["allowed_cpus", "divide", "find_cores", "spell"]
+__all__ = ["divide", "find_cores", "spell"]
 
 _SYSTEM = Path("/sys/devices/system/cpu")
-
-
-def allowed_cpus() -> list[int]:
-    """Return the CPUs that this process may run on: what taskset, a cgroup or Slurm left it."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def find_cores(cpus: Sequence[int], system: Path = _SYSTEM) -> list[list[int]]:

@@ -19,11 +19,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distadam.cli.cores import allowed_cpus, divide, find_cores, spell
+from distadam.cli.cores import divide, find_cores, spell
 from distadam.cli.failures import print_failures, sort_failures
 from distadam.cli.rank_output import PREFIX_TEMPLATE, RankLines
 from distadam.cli.wait_page import show_waits
 from distadam.comm import phase
+from distadam.doctor.system import allowed_cpus
 from distadam.engine import dumps
 
 __all__ = ["cpu_environment", "launch", "launch_here", "share_cores"]

@@ -79,6 +79,7 @@ class Collectives:
         self._num_private = 0
         self._exchanges: dict[ProcessGroup, Exchange | Shared | Mixed] = {}
         self._on_device: dict[torch.device, Symmetric] = {}
+        self._exchanging: dict[torch.device, bool] = {}
         self.hosts: Hosts | None = None
         self.memory: SharedMemory | None = None
         if reduce in ("auto", "shared") and groups.shard_control is not None and _has_cpu(groups.shard):
@@ -146,6 +147,7 @@ class Collectives:
             if isinstance(found, str):
                 return found
             self._on_device[device] = found
+            self._exchanging.pop(device, None)
         return ""
 
     def _swap(self, value: Any, group: ProcessGroup | None, what: str) -> list[Any]:
@@ -235,7 +237,9 @@ class Collectives:
         return torch.promote_types(wire, compute) if self._exchanges_on(device) else wire
 
     def _exchanges_on(self, device: torch.device) -> bool:
-        return self.transport(device)[0] in ("exchange", "shared")
+        if device not in self._exchanging:
+            self._exchanging[device] = self.transport(device)[0] in ("exchange", "shared")
+        return self._exchanging[device]
 
     def scratch(self) -> list[Tensor]:
         """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group.

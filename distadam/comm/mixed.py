@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distadam import native
 from distadam.comm.exchange import Exchange, Job, Peers
 from distadam.comm.hosts import Hosts
 from distadam.comm.mesh import READ, READY
@@ -56,7 +57,7 @@ class Mixed:
     def __init__(self, memory: SharedMemory, exchange: Exchange, hosts: Hosts, rank: int, timeout_s: float) -> None:
         self.memory = memory
         self.exchange = exchange
-        self.hosts = hosts
+        self._aligned = not hosts.unaligned
         self.timeout_s = timeout_s
         self.rank = rank
         self.columns = [hosts.across(other) for other in hosts.local(rank)]  # by place: one rank of each host
@@ -76,7 +77,7 @@ class Mixed:
         Collective: every rank of the group. Syncs: never (waiting for the handle does).
         """
         segment = self.memory.segment(full)
-        if segment is None or self.hosts.unaligned:
+        if segment is None or not self._aligned:
             return self.exchange.reduce_scatter(shard, full)
         job = MixedJob(len(self.peers) * shard.nbytes)
         self.tree_of_ranks.reserve(shard.dtype)
@@ -108,7 +109,7 @@ class Mixed:
             self.memory.mesh.tell(READY, number, segment)
             for place, theirs in self.look(number, full).items():
                 for rank in self.columns[place]:
-                    parts[rank].copy_(torch.split(theirs, shard.numel())[rank])
+                    native.copy(parts[rank], torch.split(theirs, shard.numel())[rank])
             self.memory.mesh.tell(READ, number)
             self.memory.mesh.wait(READ, number, self.timeout_s)
 

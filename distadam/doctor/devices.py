@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ import torch
 from distadam import native
 from distadam.comm.backends import available_backends
 from distadam.doctor.finding import Finding, error, ok, warning
+from distadam.doctor.system import allowed_cpus
 from distadam.errors import ConfigError
 from distadam.kernels import select
-from distadam.kernels.native import disagreement
+from distadam.kernels.compiled import disagreement
 from distadam.rules import RULES
 
 _GROUP: dict[str, Any] = {
@@ -30,7 +30,7 @@ _GROUP: dict[str, Any] = {
 
 def check_devices() -> list[Finding]:
     """Look for accelerators and the backends that serve them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(allowed_cpus())
     backends = available_backends()
     have = ", ".join(name for name, there in backends.items() if there)
     findings = []
@@ -72,7 +72,9 @@ def check_kernels() -> list[Finding]:
     missing = native.obstacle() or disagreement()
     if missing is not None:
         cure = f"install a wheel of distadam, or build it where a C compiler is; unset {native.ENVIRONMENT_VARIABLE}"
-        findings.append(warning("kernels.native", f"updates on the CPU are slower than they could be: {missing}", cure))
+        findings.append(
+            warning("kernels.compiled", f"updates on the CPU are slower than they could be: {missing}", cure)
+        )
     return findings
 
 

@@ -16,7 +16,14 @@ from distadam.doctor.launcher import check_launcher
 from distadam.doctor.mpi import Mpi, check_mpi
 from distadam.doctor.network import Endpoint, check_cards, check_endpoint, find_interfaces
 from distadam.doctor.storage import check_checkpoints
-from distadam.doctor.system import check_clock, check_memfd, check_open_files, check_shared_memory, clock_status
+from distadam.doctor.system import (
+    allowed_cpus,
+    check_clock,
+    check_memfd,
+    check_open_files,
+    check_shared_memory,
+    clock_status,
+)
 from distadam.doctor.versions import Facts, check_versions
 
 
@@ -42,7 +49,7 @@ class Question:
 def examine(question: Question) -> list[Finding]:
     """Look at this host. Communicates nothing but one connection to the endpoint, where it is another host's."""
     has_cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(allowed_cpus())
     environment = dict(os.environ)
     checks: dict[str, Callable[[], list[Finding]]] = {
         "launcher": partial(check_launcher, environment, question.num_local),

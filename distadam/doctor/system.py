@@ -19,6 +19,13 @@ _UNSYNCHRONISED = 0x40  # STA_UNSYNC of <sys/timex.h>
 _MAX_SKEW_S = 1.0
 
 
+def allowed_cpus() -> list[int]:
+    """Return the CPUs that this process may run on: what taskset, a cgroup or Slurm left it."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def check_shared_memory(path: Path = Path("/dev/shm"), *, has_cuda: bool = False) -> list[Finding]:
     """Look at the file system for shared memory: NCCL and DataLoader workers fill it; distadam itself does not.
 

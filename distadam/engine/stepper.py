@@ -17,7 +17,7 @@ from distadam.engine.order import GatherOrder
 from distadam.engine.rounds import BucketGradient
 from distadam.engine.state import renew_history
 from distadam.kernels import Choice, GradScaling, GroupRanges, Kernel, ShardUpdate, make_kernel, select
-from distadam.kernels.native import NATIVE
+from distadam.kernels.compiled import COMPILED
 from distadam.kernels.triton_select import TRITON
 from distadam.layout import Piece
 from distadam.layout.layout import format_table
@@ -67,15 +67,14 @@ class KernelReport:
 
 @dataclass(slots=True)
 class _Work:
-    """The ranges of one shard that are updated together, with one gradient.
+    """The ranges of one shard that are updated together, with the gradient of the shard from one element on.
 
     Attributes:
-        sources: the gradient of the shard from element ``start`` on, as kernels take it.
+        start: that element.
         parts: by parameter group.
         calls: the kernels that serve them, each with its parts; made again when ``choices`` are others.
     """
 
-    sources: Sequence[Tensor]
     start: int
     parts: dict[int, GroupRanges]
     choices: _Choices
@@ -96,7 +95,7 @@ class Stepper:
         self._ledger = ledger
         self._streams = streams
         self._kernels: dict[str, Kernel] = {}
-        self._work: dict[tuple[int, int, int, bytes, int], _Work] = {}
+        self._work: dict[tuple[int, int, int | None, bytes, int], _Work] = {}
         self._history_version = 0
         self._masks: dict[tuple[int, bytes], Tensor] = {}
         self._increments: dict[torch.device, Tensor] = {}
@@ -130,8 +129,8 @@ class Stepper:
         self._count_steps(flat, has, found_inf)
         choices = self._choices(flat)
         names = {name for name, _ in choices.values()}
-        in_one_pass = names == {NATIVE} and squares.show is None
-        if len(gradient.multipliers) > 2 and not names.isdisjoint((NATIVE, TRITON)):
+        in_one_pass = names == {COMPILED} and squares.show is None
+        if len(gradient.multipliers) > 2 and not names.isdisjoint((COMPILED, TRITON)):
             gradient.average()
         parts = gradient.leaves() if in_one_pass else self._parts(gradient, names)
         scaling = GradScaling(
@@ -145,8 +144,8 @@ class Stepper:
         for sources in parts:
             if not in_one_pass:
                 squares.add(sources[0])
-            for kernel, update in self._calls(self._work_for(flat, sources, start, has), flat, choices):
-                update.sources = sources
+            work = self._work_for(flat, sources, start, has, None if in_one_pass else sources[0].data_ptr())
+            for kernel, update in self._calls(work, flat, choices, sources):
                 kernel.update(self.rule, update, scaling)
             start += sources[0].numel()
         if any(self.param_groups[span.group].get("eps") == 0 for span in flat.bucket.ranges):
@@ -230,20 +229,22 @@ class Stepper:
             flat.history[slot] = numbers[key]
         self._history_version += 1
 
-    def _work_for(self, flat: FlatBucket, sources: Sequence[Tensor], start: int, has: bytes) -> _Work:
-        # By address: the cached work keeps its memory, so no other tensor can have it while it is here.
-        key = (flat.bucket.index, start, sources[0].data_ptr(), has, self._history_version)
+    def _work_for(
+        self, flat: FlatBucket, sources: Sequence[Tensor], start: int, has: bytes, address: int | None
+    ) -> _Work:
+        # By address where kernels keep views of the gradient: the work's calls keep its memory, so no other tensor can
+        # have it while it is here.
+        key = (flat.bucket.index, start, address, has, self._history_version)
         work = self._work.get(key)
         if work is None:
             if len(self._work) >= _MAX_CACHED * 16:
                 self._work.clear()
-            work = self._work[key] = self._make_work(flat, sources, start, has)
+            work = self._work[key] = self._make_work(flat, start, start + sources[0].numel(), has)
         return work
 
-    def _make_work(self, flat: FlatBucket, sources: Sequence[Tensor], start: int, has: bytes) -> _Work:
-        """Return what to update with ``sources``, which are the gradient of the shard from ``start`` on."""
+    def _make_work(self, flat: FlatBucket, start: int, end: int, has: bytes) -> _Work:
+        """Return what to update with the gradient of elements [start, end) of the shard."""
         parts: dict[int, GroupRanges] = {}
-        end = start + sources[0].numel()
         for group_range in flat.bucket.ranges:
             pieces = [piece for piece in flat.pieces if group_range.first <= piece.slot < group_range.last]
             spans: list[tuple[int, int]] = []
@@ -267,16 +268,20 @@ class Stepper:
                 padding=padding,
             )
             parts[group_range.group] = part
-        return _Work(sources, start, parts, {}, [])
+        return _Work(start, parts, {}, [])
 
-    def _calls(self, work: _Work, flat: FlatBucket, choices: _Choices) -> list[tuple[Kernel, ShardUpdate]]:
-        """Return the kernel calls of this step: one for each kernel that serves some group."""
+    def _calls(
+        self, work: _Work, flat: FlatBucket, choices: _Choices, sources: Sequence[Tensor]
+    ) -> list[tuple[Kernel, ShardUpdate]]:
+        """Return the kernel calls of this step, with this gradient: one for each kernel that serves some group."""
         if self.rule.name == "sgd":
             on_host = flat.device.type == "cpu"
             for index, part in work.parts.items():
                 if choices[index][1]:
                     part.first = [float(step) == 1.0 if on_host else None for step in part.steps]
         if choices == work.choices:
+            for _, update in work.calls:
+                update.sources = sources
             return work.calls
         names = dict.fromkeys(name for index in work.parts for name in choices[index][1])
         states = {name: flat.state(name) for name in names}
@@ -285,7 +290,7 @@ class Stepper:
             update = ShardUpdate(
                 weights=flat.weights,
                 states=states,
-                sources=work.sources,
+                sources=sources,
                 start=work.start,
                 compute_dtype=flat.compute_dtype,
                 steps=flat.steps,

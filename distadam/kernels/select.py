@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distadam.errors import ConfigError
-from distadam.kernels.native import NATIVE, NativeKernel, native_obstacle
+from distadam.kernels.compiled import COMPILED, CompiledKernel, compiled_obstacle
 from distadam.kernels.reference import ReferenceKernel
 from distadam.kernels.torch_fused import TorchFusedKernel
 from distadam.kernels.triton_select import TRITON, triton_obstacle
@@ -25,7 +25,7 @@ from distadam.rules import Adam, Allocate, Rule, Sgd
 
 ENVIRONMENT_VARIABLE = "DISTADAM_KERNEL"
 
-_NAMES = (ReferenceKernel.name, TorchFusedKernel.name, NATIVE, TRITON)
+_NAMES = (ReferenceKernel.name, TorchFusedKernel.name, COMPILED, TRITON)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +76,10 @@ def select(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, dev
             return Choice(name=TRITON, reason="one pass over memory, one launch for a bucket")
         not_faster = f"not {TRITON}: {not_triton}"
     elif device_type == "cpu":
-        not_native = native_obstacle(rule, group, compute_dtype, device_type)
-        if not_native is None:
-            return Choice(name=NATIVE, reason="one pass over memory, which adds up ranks' gradients on its way")
-        not_faster = f"not {NATIVE}: {not_native}"
+        not_compiled = compiled_obstacle(rule, group, compute_dtype, device_type)
+        if not_compiled is None:
+            return Choice(name=COMPILED, reason="one pass over memory, which adds up ranks' gradients on its way")
+        not_faster = f"not {COMPILED}: {not_compiled}"
     if obstacle is not None:
         return Choice(name=ReferenceKernel.name, reason=obstacle, obstacle=not_faster)
     return Choice(name=TorchFusedKernel.name, reason=f"torch fuses {rule.name} on {device_type}", obstacle=not_faster)
@@ -101,7 +101,7 @@ def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel
     """Build the kernel of a `Choice`.
 
     Args:
-        name: "reference", "torch_fused", "native" or "triton".
+        name: "reference", "torch_fused", "compiled" or "triton".
         allocate: Makes the kernel's scratch buffers.
         upload: Copies a CPU tensor to a device tensor without waiting for the device.
 
@@ -112,8 +112,8 @@ def make_kernel(name: str, allocate: Allocate, upload: Upload = _copy) -> Kernel
         return ReferenceKernel(allocate)
     if name == TorchFusedKernel.name:
         return TorchFusedKernel(allocate)
-    if name == NATIVE:
-        return NativeKernel()
+    if name == COMPILED:
+        return CompiledKernel()
     if name == TRITON:
         from distadam.kernels.triton_kernel import TritonKernel
 
@@ -138,7 +138,7 @@ def _forced(
             f"{ENVIRONMENT_VARIABLE}={forced}: expected an update that torch fuses but for {rule.name} {not_fused}; "
             f"unset it or set it to {ReferenceKernel.name}"
         )
-    obstacles = {TRITON: triton_obstacle, NATIVE: native_obstacle}
+    obstacles = {TRITON: triton_obstacle, COMPILED: compiled_obstacle}
     obstacle = obstacles[forced](rule, group, compute_dtype, device_type) if forced in obstacles else None
     if obstacle is not None:
         raise ConfigError(

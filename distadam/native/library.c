@@ -6,7 +6,7 @@
  * so loading, the rule and storing are separate loops, each vectorised, and storages combine freely.
  *
  * What the numbers mean is said elsewhere, and these lines follow it:
- *   rules        torch's fused operations, bit for bit (checked when the library is first used: kernels/native.py);
+ *   rules        torch's fused operations, bit for bit (checked when the library is first used: kernels/compiled.py);
  *                RMSprop: distadam/rules/rmsprop.py
  *   split, stochastic weights    distadam/precision/rounding.py
  *   8-bit moments                distadam/precision/blockwise.py
@@ -30,9 +30,9 @@
 #endif
 
 /* Raised with every change that Python sees; a library of another version is not used. */
-enum { VERSION = 2 };
+enum { VERSION = 3 };
 
-enum { BLOCK = 256, MAX_RANKS = 1024, DEPTH = 11, MAX_STATES = 3, MAX_MULTIPLIERS = 2 };
+enum { BLOCK = 256, DEPTH = 32, MAX_STATES = 3, MAX_MULTIPLIERS = 2 }; /* DEPTH: of a tree over 2^31 ranks */
 
 enum type { FLOAT, BFLOAT16, HALF, EIGHT_BIT };
 enum weights { OWN, MASTER, SPLIT, STOCHASTIC, ROUNDED };

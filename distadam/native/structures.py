@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 import torch
 
-VERSION = 2
+VERSION = 3
 """That of library.c."""
 
 MAX_STATES = 3

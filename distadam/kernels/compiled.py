@@ -12,6 +12,7 @@ pass of its own. Bits are those of `torch_fused` for Adam, AdamW and SGD, and of
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from distadam.precision.counters import BLOCK
 from distadam.rules import RULES, Adam, RmsProp, Rule, Sgd
 from distadam.rules.rule import is_zero
 
-NATIVE = "native"
+COMPILED = "compiled"
 
 _WEIGHTS = {
     "own": WeightsNumber.OWN,
@@ -46,7 +47,7 @@ _THREAD_NUMEL = 65_536
 """Elements of which a thread of its own is worth its start."""
 
 
-def native_obstacle(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> str | None:
+def compiled_obstacle(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.dtype, device_type: str) -> str | None:
     """Say why the compiled kernel cannot serve the update, or None if it can."""
     if device_type != "cpu":
         return f"the compiled kernel is for the CPU, not {device_type}"
@@ -62,10 +63,10 @@ def native_obstacle(rule: Rule, group: Mapping[str, Any], compute_dtype: torch.d
     return disagreement()
 
 
-class NativeKernel:
+class CompiledKernel:
     """Calls library.c for each range; with more than one torch thread, for parts of it side by side."""
 
-    name = NATIVE
+    name = COMPILED
 
     def __init__(self) -> None:
         self._tables: weakref.WeakKeyDictionary[Counters, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
@@ -110,17 +111,17 @@ class NativeKernel:
             self._threads = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="distadam native")
             self._sums = torch.empty(num_threads, dtype=torch.float64)
         size = -(-(end - start) // (num_threads * BLOCK)) * BLOCK
-        sums, parts = self._sums.zero_(), []
+        sums, parts = self._sums.zero_().data_ptr(), []
         for index, begin in enumerate(range(start, end, size)):
             part = Update.from_buffer_copy(work)
-            part.squares = sums[index].data_ptr() if squares is not None else None
+            part.squares = sums + 8 * index if squares is not None else None
             parts.append((part, begin, min(begin + size, end)))
         futures = [self._threads.submit(native.update, *part) for part in parts[1:]]
         native.update(*parts[0])
         for future in futures:
             future.result()
         if squares is not None:
-            squares.add_(sums.sum())
+            squares.add_(math.fsum(self._sums.tolist()))
 
     def _write_weights(self, work: Update, weights: Weights) -> None:
         param = weights.param_shard
@@ -140,7 +141,7 @@ class NativeKernel:
             self._write_counters(state.counters, moment.counters)
         else:
             raise UsageError(
-                f"native: expected a plain or 8-bit state but got {type(moment).__name__}; use the reference kernel"
+                f"compiled: expected a plain or 8-bit state but got {type(moment).__name__}; use the reference kernel"
             )
 
     def _write_counters(self, written: CountersStructure, counters: Counters) -> None:
@@ -158,7 +159,7 @@ def _work(update: ShardUpdate, scaling: GradScaling) -> tuple[Update, object]:
     kind = native.type_number(update.sources[0].dtype)
     if kind is None or len(scaling.multipliers) > MAX_MULTIPLIERS:
         raise UsageError(
-            f"native: expected a float32, bfloat16 or float16 gradient and at most {MAX_MULTIPLIERS} multipliers but "
+            f"compiled: expected a float32, bfloat16 or float16 gradient and at most {MAX_MULTIPLIERS} multipliers but "
             f"got {update.sources[0].dtype} and {len(scaling.multipliers)}"
         )
     work.sources, work.num_sources, work.source_type = ctypes.addressof(sources), len(update.sources), kind
