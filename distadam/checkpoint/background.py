@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distadam import native
 from distadam.checkpoint.agree import agree, as_ours
 from distadam.checkpoint.files import Slice
 from distadam.checkpoint.job import Job
@@ -136,7 +137,8 @@ class _Staging:
         staged = []
         for part, offset in zip(parts, offsets, strict=True):
             own = self._buffer[offset : offset + part.tensor.nbytes].view(part.tensor.dtype)
-            staged.append(replace(part, tensor=own.copy_(part.tensor)))
+            native.copy(own, part.tensor)  # past the cache, which is training's
+            staged.append(replace(part, tensor=own))
         return staged
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 
@@ -47,7 +47,7 @@ class Job:
         rank: this rank.
         num_ranks: how many write.
         parts: this rank's slices.
-        template: makes the manifest without files, on the rank that commits.
+        template: the manifest without files, on the rank that commits.
         keep_last: prune afterwards.
     """
 
@@ -56,7 +56,7 @@ class Job:
     rank: int
     num_ranks: int
     parts: Sequence[Slice]
-    template: Callable[[], Manifest] | None = None
+    template: Manifest | None = None
     keep_last: int | None = None
     items: Items = field(default_factory=dict)
 
@@ -90,13 +90,13 @@ class Job:
     def commit(self, written: Sequence[Items]) -> None:
         """Make the checkpoint exist, then remove what it replaces and what was asked to go."""
         assert self.template is not None
-        commit(self.store, self.template(), written)
+        commit(self.store, self.template, written)
         if self.keep_last is not None:
             prune(self.store.parent().path, self.keep_last)
 
     def finished(self) -> None:
-        """Let go of the slices, and of what the manifest is made from."""
-        self.parts, self.template = (), None
+        """Let go of the slices."""
+        self.parts = ()
 
     def clean(self) -> None:
         """Remove what this rank has written of a save that failed, unless it failed after it was committed."""
@@ -109,7 +109,7 @@ class Job:
                     self.store.remove(name)
 
     def _manifest_names(self) -> list[str]:
-        return [f"{self.id}.manifest.json"] if self.rank == 0 else []
+        return [] if self.template is None else [f"{self.id}.manifest.json"]
 
 
 def commit(store: Store, template: Manifest, written: Sequence[Items]) -> Manifest:

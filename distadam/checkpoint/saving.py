@@ -7,7 +7,6 @@ import secrets
 import time
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -80,7 +79,7 @@ def save(
         error = as_ours(caught, what)
     identity = _meet(access, what, error, os.fspath(path))
     rank = access.collectives.groups.rank
-    template = partial(_template, live, access, identity) if rank == 0 else None
+    template = _template(live, access, identity) if rank == 0 else None
     job = Job(store, identity, rank, access.collectives.groups.num_ranks, parts, template, keep_last)
     if asynchronous:
         return background.submit(optimizer, job)
