@@ -157,7 +157,7 @@ def measure(options: argparse.Namespace, servers: dict[str, Server], folder: Pat
     sections = []
     for model in options.models:
         reference = folder / f"{model}.pt"
-        common = {"model": model, "warm_up": options.warm_up, "steps": options.steps, "extra": 2}
+        common = {"model": model, "warm_up": options.warm_up, "steps": options.steps, "extra": options.memory_steps}
         job = {**common, "contender": "compute", "ranks": 1, "save": str(reference), "out": str(folder / "reference")}
         [expected] = next(iter(servers.values())).run(job, options.timeout_s)
         for num_ranks in options.ranks:
@@ -250,6 +250,12 @@ def parse_options() -> argparse.Namespace:
     add("--rounds", default=5, type=int)
     add("--warm-up", default=2, type=int, help="steps before the clock starts, each time")
     add("--steps", default=3, type=int, help="timed steps of a contender in a round")
+    add(
+        "--memory-steps",
+        default=12,
+        type=int,
+        help="steps of the first round, behind the timed ones, that memory is taken of",
+    )
     add("--allocator", choices=["set", "plain", "both"], default="both", help="the MALLOC_* settings of the launcher")
     add("--pin", action=argparse.BooleanOptionalAction, default=True, help="rank r on core r where there are enough")
     add("--timeout-s", default=300.0, type=float, help="of a contender in a round")

@@ -121,9 +121,10 @@ def markdown(run: dict[str, Any], picture: str) -> str:
         " round. *Outside*"
         " *compute* is what a step takes beyond forward and backward alone on one process per rank in the same round."
         " *Loopback* counts bytes of a step on the interface, all ranks together; memory that ranks share is not on it."
-        " PSS counts a page that n processes share as 1/n of a page; *above start* leaves out the interpreter and what"
-        " was imported. The loss is that of the last timed step; *deviation* is |w - r| / |r - initial| against"
-        " parameters r that one process computed on whole batches.",
+        f" Memory is the highest of {settings['memory_steps']} further steps, since allocators need about ten to come"
+        " to rest; PSS counts a page that n processes share as 1/n of a page; *above start* leaves out the interpreter"
+        " and what was imported. The loss is that of the last timed step; *deviation* is |w - r| / |r - initial|"
+        " against parameters r that one process computed on whole batches.",
     ]
     for section in run["sections"]:
         numel = next(iter(section["rounds"][0].values()))[0]["numel"]

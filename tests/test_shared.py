@@ -27,7 +27,8 @@ from distadam.comm import mesh as mesh_module
 from distadam.comm import shared as shared_module
 from distadam.comm.exchange import Exchange
 from distadam.comm.mesh import READ, READY, Mesh
-from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
+from distadam.comm.shared import Reduction, Shared, SharedMemory, meet, stagger_nbytes
+from distadam.engine.buffers import PATIENCE_S, BufferPool, FullBuffer
 from distadam.errors import CommError, ConfigError, UsageError
 from tests.ranks import Pool, RanksFailed, run_ranks
 from tests.staggered import STAGGERED_ABOVE
@@ -335,6 +336,62 @@ def test_shared_parameters_train_to_the_same_bits(num_ranks: int, dtype: torch.d
     for rank in range(num_ranks):
         assert all(map(torch.equal, own[0], shared[rank]))
         assert len(own[0]) == len(shared[rank])
+
+
+def _early_sums(rank: int) -> tuple[int, list[int]]:
+    """Buckets, and how many of them were added up in each of five backwards."""
+    model = Model()
+    optimizer = distadam.AdamW(model.named_parameters(), lr=1e-2, comm=CommPolicy(bucket_mb=4096 / 2**20))
+    inputs, counts = torch.ones(4, 30), []
+    for _ in range(5):
+        with mock.patch.object(Reduction, "_read", autospec=True, side_effect=Reduction._read) as reads:
+            model(inputs).square().mean().backward()
+            counts.append(reads.call_count)
+        optimizer.step()
+    return len(optimizer.layout.buckets), counts
+
+
+def test_sum_goes_to_memory_only_where_its_buffer_is_needed() -> None:
+    """Two buffers serve all buckets: the last two sums are taken as the update reads them."""
+    for num_buckets, counts in run_ranks(2, _early_sums):
+        assert num_buckets >= 4
+        assert counts == [num_buckets - 2] * 5
+
+
+def _waits_after_a_stall(rank: int) -> tuple[int, list[float]]:
+    """Rank 1 once hangs in backward for longer than its peer waits: buffers lent, and later waits in seconds."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(30, 30) for _ in range(6)))
+    optimizer = distadam.AdamW(layers.named_parameters(), lr=1e-2, comm=CommPolicy(bucket_mb=4096 / 2**20))
+    acquire, waits = BufferPool.acquire, []
+
+    def timed(pool: BufferPool, *arguments: Any) -> FullBuffer:
+        began_s = time.monotonic()
+        buffer = acquire(pool, *arguments)
+        waits.append(time.monotonic() - began_s)
+        return buffer
+
+    def hang(grad: Tensor) -> None:
+        if rank == 1 and step == 0:
+            time.sleep(1.5 * PATIENCE_S)
+
+    for step in range(5):
+        if step == 1:
+            waits.clear()
+        middle = layers[:3](torch.ones(4, 30))
+        middle.register_hook(hang)
+        with mock.patch.object(BufferPool, "acquire", timed):
+            layers[3:](middle).square().mean().backward()
+        optimizer.step()
+    return optimizer._reducer._pools.wire.depth or 0, waits
+
+
+def test_rank_that_once_took_another_buffer_does_not_hold_up_every_step() -> None:
+    """It would read its peers' gradients later than they wait for, in every step, if they had not as many buffers."""
+    (depth, waits), (other_depth, other_waits) = run_ranks(2, _waits_after_a_stall)
+    assert depth == other_depth > 2
+    assert waits
+    assert max(waits + other_waits) < PATIENCE_S
 
 
 def _written(rank: int, share: bool) -> tuple[float, str]:

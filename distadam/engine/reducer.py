@@ -114,7 +114,7 @@ class Reducer:
                 )
         reduce_dtype = self._precision.reduce_dtype or flat.dtype
         gradient = BucketGradient(flat, self._pools, self._collectives, reduce_dtype, self._ledger)
-        self._pools.wire.expect(reduce_dtype, flat.device)
+        self._pools.wire.expect(flat.bucket, reduce_dtype, flat.device)
         self.chain.add_bucket(flat.bucket)
         base = len(self.params)
         self.bases.append(base)
@@ -386,9 +386,11 @@ class Reducer:
         frozen = bytes(isinstance(grad, ShardedGradient) or (by_hand and grad is not None) for grad in grads)
         rounds = bytes(min(gradient.num_rounds, 255) for gradient in self.gradients)
         digest = self.chain.digest if link is None else link.digest
-        votes.cast(purpose, detail, digest, rounds, kept, discarded, frozen, self.num_active, proposal)
+        depth = self._pools.wire.depth or 0
+        votes.cast(purpose, detail, digest, rounds, kept, discarded, frozen, self.num_active, proposal, depth)
         call = CALLS.get(purpose, "a failed call")
         self._collectives.agree(votes.tensor, f"the agreement before {call}")
+        self._pools.wire.deepen(votes.depth)
         if votes.failed:
             self._raise_failure(call, error)
         if purpose is Purpose.JOINED and votes.num_active:

@@ -3,8 +3,9 @@
 Note [Agreement]: every call that communicates (`step`, `clip_grad_norm_`, a norm of `ShardedGradient`, ...) begins with
 one all-reduce (maximum) of bytes over the hosts' group. It carries what the call is, so that ranks that call different
 things learn it instead of hanging; whether a rank failed; the hash of what all must have in common (Note [Desync]); how
-many rounds each bucket needs; in which order `step` would best gather (Note [Gather order]); and which parameters got a
-gradient. Hosts wait for each other here, never for a device.
+many rounds each bucket needs; in which order `step` would best gather (Note [Gather order]); how many gradient buffers
+a rank lends (Note [Bounded pool]); and which parameters got a gradient. Hosts wait for each other here, never for a
+device.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ _DIGEST = 2 + 2 * _DETAIL
 _PROPOSAL = _DIGEST + 2 * DIGEST_NBYTES
 _JOINED = _PROPOSAL + 2 * PROPOSAL_NBYTES
 _ACTIVE = _JOINED + 1
-_HEADER = _ACTIVE + 2
+_DEPTH = _ACTIVE + 2
+_HEADER = _DEPTH + 1
 _COMPLEMENTS = bytes(range(255, -1, -1))
 
 
@@ -101,18 +103,20 @@ class Votes:
         frozen: bytes,
         num_active: int = 0,
         proposal: bytes = NO_PROPOSAL,
+        depth: int = 0,
     ) -> None:
         """Write this rank's votes."""
         data = self._data
         padded = detail.ljust(_DETAIL, b"\0")[:_DETAIL]
         proposed = proposal + _complement(proposal)
         if purpose is Purpose.JOINED:
-            data[:_HEADER] = bytes(_PROPOSAL) + proposed + b"\1" + bytes(2)
+            data[:_DEPTH] = bytes(_PROPOSAL) + proposed + b"\1" + bytes(2)
         else:
             data[0], data[1] = purpose, 255 - purpose
             shown = padded + _complement(padded) + digest + _complement(digest) + proposed
             data[2:_ACTIVE] = shown + b"\0"
-            data[_ACTIVE:_HEADER] = num_active.to_bytes(2, "big")
+            data[_ACTIVE:_DEPTH] = num_active.to_bytes(2, "big")
+        data[_DEPTH] = min(depth, 255)
         for section, value in zip(self._sections, (rounds, has, discarded, frozen), strict=True):
             data[section] = value
 
@@ -129,7 +133,12 @@ class Votes:
     @property
     def num_active(self) -> int:
         """Ranks to average over, as those that have data know it; 0 for all."""
-        return int.from_bytes(self._data[_ACTIVE:_HEADER], "big")
+        return int.from_bytes(self._data[_ACTIVE:_DEPTH], "big")
+
+    @property
+    def depth(self) -> int:
+        """How many gradient buffers the rank that has the most of them lends (Note [Bounded pool])."""
+        return self._data[_DEPTH]
 
     @property
     def failed(self) -> bool:

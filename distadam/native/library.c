@@ -32,7 +32,8 @@
 /* Raised with every change that Python sees; a library of another version is not used. */
 enum { VERSION = 3 };
 
-enum { BLOCK = 256, DEPTH = 32, MAX_STATES = 3, MAX_MULTIPLIERS = 2 }; /* DEPTH: of a tree over 2^31 ranks */
+/* DEPTH: of a tree over 2^31 ranks; LONG: bytes of a sum that does not stay in a cache */
+enum { BLOCK = 256, DEPTH = 32, MAX_STATES = 3, MAX_MULTIPLIERS = 2, LONG = 1 << 20 };
 
 enum type { FLOAT, BFLOAT16, HALF, EIGHT_BIT };
 enum weights { OWN, MASTER, SPLIT, STOCHASTIC, ROUNDED };
@@ -447,25 +448,14 @@ API CLONES void distadam_update(const struct update *u, int64_t start, int64_t e
     if (u->squares) *u->squares += total;
 }
 
-/* Add n elements of every rank's buffer; `out` is float and may be one of the buffers. */
-API CLONES void distadam_sum(const void *const *sources, int32_t num_sources, int32_t type, float *out, int64_t n) {
-    float sum[BLOCK];
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
-        tree_sum(sources, num_sources, type, at, sum, count);
-        memcpy(out + at, sum, (size_t)count * 4);
-    }
-}
-
-/* Copy past the cache: what is written is read much later, by another rank. */
-API void distadam_copy(void *to, const void *from, int64_t nbytes) {
+/* Write past the cache; the caller ends with `written`. */
+INLINE void stream(void *to, const void *from, int64_t nbytes) {
 #if defined(__SSE2__)
     char *out = to;
     const char *in = from;
-    int64_t head = (int64_t)(-(uintptr_t)out & 63);
-    head = head < nbytes ? head : nbytes;
-    memcpy(out, in, (size_t)head);
-    int64_t at = head;
+    int64_t at = (int64_t)(-(uintptr_t)out & 63);
+    at = at < nbytes ? at : nbytes;
+    memcpy(out, in, (size_t)at);
     for (; at + 64 <= nbytes; at += 64) {
         __m128i a = _mm_loadu_si128((const __m128i *)(in + at)), b = _mm_loadu_si128((const __m128i *)(in + at + 16));
         __m128i c = _mm_loadu_si128((const __m128i *)(in + at + 32)), d = _mm_loadu_si128((const __m128i *)(in + at + 48));
@@ -475,8 +465,34 @@ API void distadam_copy(void *to, const void *from, int64_t nbytes) {
         _mm_stream_si128((__m128i *)(out + at + 48), d);
     }
     memcpy(out + at, in + at, (size_t)(nbytes - at));
-    _mm_sfence();
 #else
     memcpy(to, from, (size_t)nbytes);
 #endif
+}
+
+INLINE void written(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+/* Add n elements of every rank's buffer; `out` is float and may be one of the buffers. A long sum goes past the cache:
+ * it is read much later, by the update. */
+API CLONES void distadam_sum(const void *const *sources, int32_t num_sources, int32_t type, float *out, int64_t n) {
+    float sum[BLOCK];
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
+        tree_sum(sources, num_sources, type, at, sum, count);
+        if (n * 4 >= LONG)
+            stream(out + at, sum, (int64_t)count * 4);
+        else
+            memcpy(out + at, sum, (size_t)count * 4);
+    }
+    written();
+}
+
+/* Copy past the cache: what is written is read much later, by another rank. */
+API void distadam_copy(void *to, const void *from, int64_t nbytes) {
+    stream(to, from, nbytes);
+    written();
 }
