@@ -107,10 +107,11 @@ def _in_job(job: Found, question: Question, seconds: float, self_test: bool) -> 
     began = time.monotonic()
     own: list[Finding] | None = None
     try:
-        hosts = meet()
-        here = hosts[job.rank]
-        is_first = hosts.index(here) == job.rank
-        own = examine(replace(question, num_local=hosts.count(here))) if is_first else []
+        seats = meet()
+        local = [rank for rank, seat in enumerate(seats) if seat.host == seats[job.rank].host]
+        num_cores = len({cpu for rank in local for cpu in seats[rank].cpus})
+        here = replace(question, num_local=len(local), num_cores=num_cores)
+        own = examine(here) if local[0] == job.rank else []
         together = run_self_test(seconds if self_test else 0.0, question.checkpoints, began)
         return gather_findings(own, together)
     except Exception as problem:
