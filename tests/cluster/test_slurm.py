@@ -29,15 +29,10 @@ def cluster(tmp_path):
         yield started
 
 
-TORN = "mpi/pmi2: request not begin with 'cmd='"
-
-
 def until(met: Callable[[], bool], said: Callable[[], str], seconds: float = 150.0) -> None:
     """Wait while the job says something new now and then: how fast it trains is the machine's matter."""
     heard, ends = "", time.monotonic() + seconds
     while not met():
-        if TORN in heard:
-            pytest.xfail("Slurm's PMI has read a line of MPICH's in two parts: docs/log.md")
         if said() != heard:
             heard, ends = said(), time.monotonic() + seconds
         assert time.monotonic() < ends, f"nothing new for {seconds} s:\n{heard}"
@@ -83,6 +78,36 @@ def test_sbatch_starts_torchrun_on_every_node_and_goes_back_into_the_queue_after
     assert f"job {job}, start 2, nodes n[1-2]" in said()
     assert "node 0 done" in said()
     assert "node 1 done" in said()
+
+
+TORN = "slurmstepd: error: mpi/pmi2: request not begin with 'cmd='"
+LOSES = """#!/usr/bin/env bash
+[ "$SLURM_NODEID" = 0 ] || exit 0
+echo started >> starts
+[ "$(wc -l < starts)" -gt "$3" ] && exit 0
+echo "$4" >&2
+exit 15
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_lost", "words", "state", "num_starts"),
+    [(2, TORN, "COMPLETED", 3), (9, TORN, "FAILED", 3), (9, "another error", "FAILED", 1)],
+    ids=["twice", "always", "otherwise"],
+)
+def test_start_that_slurms_pmi_lost_is_repeated_and_another_is_not(
+    cluster, tmp_path, num_lost, words, state, num_starts
+):
+    """What Slurm says, said by a script in Python's place: the fault itself comes by chance (docs/log.md)."""
+    stub, output = tmp_path / "python", tmp_path / "job.out"
+    stub.write_text(LOSES)
+    stub.chmod(0o755)
+    options = ["--parsable", f"--output={output}", f"--chdir={tmp_path}", str(ROOT / "launch/slurm_mpi.sbatch")]
+    job = cluster.run("sbatch", *options, str(num_lost), words, PYTHON=str(stub)).strip()
+    until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), lambda: cluster.state(job), 60)
+    assert cluster.state(job) == state, output.read_text()
+    assert (tmp_path / "starts").read_text().count("started") == num_starts, output.read_text()
+    assert "start 1 of 3 was lost by Slurm's PMI" in output.read_text() or words != TORN
 
 
 START = """
