@@ -112,7 +112,7 @@ $(MPIS_READY): $(READY)
 	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check mpi4py $(patsubst .venv-%/,%,$(dir $@))
 	@touch $@
 
-test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec, on 1, 2, 3, 5 ranks of two MPIs; PYTEST_ARGS="-m mpi" for every fault.
+test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec of two MPIs, 1 to 3 ranks; PYTEST_ARGS="-m mpi" for 5 and for every fault.
 	@$(BIN)/python -m pytest -m "mpi and not long" $(PYTEST_ARGS)
 
 # The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.

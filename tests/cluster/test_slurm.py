@@ -88,24 +88,30 @@ LOSES = """#!/usr/bin/env bash
 echo started >> starts
 [ "$(wc -l < starts)" -gt "$3" ] && exit 0
 echo "$4" >&2
+sleep "$5"
 exit 15
 """
 
 
 @pytest.mark.parametrize(
-    ("num_lost", "words", "state", "num_starts"),
-    [(2, TORN, "COMPLETED", 3), (9, TORN, "FAILED", 3), (9, "another error", "FAILED", 1)],
-    ids=["twice", "always", "otherwise"],
+    ("num_lost", "words", "hangs_s", "state", "num_starts"),
+    [
+        (2, TORN, 0, "COMPLETED", 3),
+        (1, TORN, 600, "COMPLETED", 2),
+        (9, TORN, 0, "FAILED", 3),
+        (9, "another error", 0, "FAILED", 1),
+    ],
+    ids=["twice", "hangs", "always", "otherwise"],
 )
 def test_start_that_slurms_pmi_lost_is_repeated_and_another_is_not(
-    cluster, tmp_path, num_lost, words, state, num_starts
+    cluster, tmp_path, num_lost, words, hangs_s, state, num_starts
 ):
     """What Slurm says, said by a script in Python's place: the fault itself comes by chance (docs/log.md)."""
     stub, output = tmp_path / "python", tmp_path / "job.out"
     stub.write_text(LOSES)
     stub.chmod(0o755)
     options = ["--parsable", f"--output={output}", f"--chdir={tmp_path}", str(ROOT / "launch/slurm_mpi.sbatch")]
-    job = cluster.run("sbatch", *options, str(num_lost), words, PYTHON=str(stub)).strip()
+    job = cluster.run("sbatch", *options, str(num_lost), words, str(hangs_s), PYTHON=str(stub)).strip()
     until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), lambda: cluster.state(job), 60)
     assert cluster.state(job) == state, output.read_text()
     assert (tmp_path / "starts").read_text().count("started") == num_starts, output.read_text()
