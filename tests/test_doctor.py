@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import json
 import os
 import resource
@@ -26,6 +27,7 @@ import pytest
 import torch
 
 from distadam import native
+from distadam.comm.launchers import Found
 from distadam.comm.tree import TreeSum
 from distadam.doctor import Finding, Question, examine, rank
 from distadam.doctor.devices import check_kernels, check_threads
@@ -316,9 +318,35 @@ def test_launcher_is_named(environment, level, words):
 
 
 def test_more_threads_than_cores_are_named():
-    found = only(check_threads(8, {"OMP_NUM_THREADS": "4"}, 16), "threads.omp", "warning", "8 ranks x 4 threads")
+    found = only(check_threads(8, {"OMP_NUM_THREADS": "4"}, 16, 4), "threads.omp", "warning", "8 ranks x 4 threads")
     assert found.cure == "export OMP_NUM_THREADS=2"
-    only(check_threads(4, {"OMP_NUM_THREADS": "4"}, 16), "threads.omp", "ok")
+    only(check_threads(4, {"OMP_NUM_THREADS": "4"}, 16, 4), "threads.omp", "ok")
+
+
+@pytest.mark.parametrize("launcher", [PMI, OPEN_MPI, SLURM], ids=["mpich", "openmpi", "slurm"])
+def test_ranks_that_take_all_cores_each_are_named(launcher):
+    """mpiexec and srun set no OMP_NUM_THREADS: torch takes every core, or fewer where MKL knows the launcher."""
+    found = only(check_threads(8, launcher, 16, 16), "threads.omp", "warning", "8 ranks x 16 threads", "is not set")
+    assert found.cure == "export OMP_NUM_THREADS=2"
+    only(check_threads(8, launcher, 16, 2), "threads.omp", "ok")  # it is known, or has kept each to two
+    only(check_threads(8, launcher, 16, 16, has_cuda=True), "threads.omp", "ok")
+    only(check_threads(8, launcher | TORCHRUN, 16, 16), "threads.omp", "ok")
+    only(check_threads(8, {}, 16, 16), "threads.omp", "ok", "distadam launch shares")
+
+
+def test_cores_of_a_host_are_those_of_all_its_ranks(monkeypatch):
+    """Open MPI, for one, keeps two ranks to one core each."""
+    seats = [rank.Seat("a", (0,)), rank.Seat("b", (0, 1)), rank.Seat("a", (4, 5))]
+    asked: list[Question] = []
+    cli_doctor = importlib.import_module("distadam.cli.doctor")  # distadam.cli has a function of that name
+    monkeypatch.setattr(cli_doctor, "meet", lambda: seats)
+    monkeypatch.setattr(cli_doctor, "examine", lambda question: asked.append(question) or [])
+    monkeypatch.setattr(cli_doctor, "run_self_test", lambda *_: [])
+    monkeypatch.setattr(cli_doctor, "gather_findings", lambda own, together: own + together)
+    for number in range(3):
+        job = Found(kind="mpi", launcher="", variable="", rank=number, world_size=3, local_rank=None)
+        cli_doctor._in_job(job, Question(num_local=9), 0.0, self_test=False)
+    assert [(question.num_local, question.num_cores) for question in asked] == [(2, 3), (1, 2)]
 
 
 # System and storage ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from distadam.cli.launch import launch_here
 from distadam.comm.launchers import Found, find
 from distadam.doctor import Finding, Question, examine
 from distadam.doctor.network import Endpoint
-from distadam.doctor.rank import gather_findings, meet
+from distadam.doctor.rank import gather_findings, let_rank_0_report, meet
 from distadam.doctor.rank import self_test as run_self_test
 
 __all__ = ["doctor"]
@@ -102,21 +102,23 @@ def _in_job(job: Found, question: Question, seconds: float, self_test: bool) -> 
     """Examine each host once and test all ranks together; return the findings on rank 0, None elsewhere.
 
     What stops the ranks from meeting is a finding as well: rank 0 reports it beside those of its own host, any other
-    rank says it in a line, since the launcher may end rank 0 then.
+    rank says it in a line and stays until rank 0 has reported.
     """
     began = time.monotonic()
     own: list[Finding] | None = None
     try:
-        hosts = meet()
-        here = hosts[job.rank]
-        is_first = hosts.index(here) == job.rank
-        own = examine(replace(question, num_local=hosts.count(here))) if is_first else []
+        seats = meet()
+        local = [rank for rank, seat in enumerate(seats) if seat.host == seats[job.rank].host]
+        num_cores = len({cpu for rank in local for cpu in seats[rank].cpus})
+        here = replace(question, num_local=len(local), num_cores=num_cores)
+        own = examine(here) if local[0] == job.rank else []
         together = run_self_test(seconds if self_test else 0.0, question.checkpoints, began)
         return gather_findings(own, together)
     except Exception as problem:
         text = f"rank {job.rank} of {job.world_size} ({socket.gethostname()}): {type(problem).__name__}: {problem}"
         if job.rank != 0:
             print(f"distadam doctor: {text}", file=sys.stderr, flush=True)
+            let_rank_0_report()
             raise typer.Exit(1) from problem
         place = f"{os.environ.get('MASTER_ADDR', 'none')}:{os.environ.get('MASTER_PORT', 'none')}"
         cure = f"cure the errors above first; all hosts must reach MASTER_ADDR:MASTER_PORT (here {place})"

@@ -8,6 +8,7 @@ import torch
 
 from distadam import native
 from distadam.comm.backends import available_backends
+from distadam.comm.launchers import find
 from distadam.doctor.finding import Finding, error, ok, warning
 from distadam.doctor.system import allowed_cpus
 from distadam.errors import ConfigError
@@ -78,22 +79,29 @@ def check_kernels() -> list[Finding]:
     return findings
 
 
-def check_threads(num_local: int, environment: dict[str, str], num_cores: int) -> list[Finding]:
+def check_threads(
+    num_local: int, environment: dict[str, str], num_cores: int, num_threads: int, *, has_cuda: bool = False
+) -> list[Finding]:
     """Look whether ranks would crowd each other out.
 
     Args:
         num_local: ranks on this host.
         environment: of the ranks.
-        num_cores: that this process may use.
+        num_cores: that these ranks may use together.
+        num_threads: that torch takes in this process, whatever says so.
+        has_cuda: ranks compute on devices.
     """
     setting = environment.get("OMP_NUM_THREADS", "")
-    if not setting:
+    started = find(environment)
+    if not setting and (started is None or started.kind == "torchrun" or has_cuda):
         return [ok("threads.omp", "OMP_NUM_THREADS is not set: torchrun sets 1, distadam launch shares the cores out")]
-    threads = int(setting) if setting.isdecimal() else 0
+    threads = num_threads if not setting else int(setting) if setting.isdecimal() else 0
     if threads < 1:
         cure = f"export OMP_NUM_THREADS={max(1, num_cores // num_local)}"
         return [error("threads.omp", f"OMP_NUM_THREADS: expected a positive number but got {setting!r}", cure)]
     text = f"{num_local} ranks x {threads} threads on {num_cores} cores"
+    if not setting:
+        text += ", as OMP_NUM_THREADS is not set"
     if num_local * threads > num_cores:
         cure = f"export OMP_NUM_THREADS={max(1, num_cores // num_local)}"
         return [warning("threads.omp", f"{text}: threads wait for each other", cure)]

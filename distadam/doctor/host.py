@@ -33,6 +33,7 @@ class Question:
 
     Args:
         num_local: ranks on this host.
+        num_cores: that these may use together; None: those of this process.
         endpoint: where ranks of several hosts meet; None: one host.
         is_first: this host is the one that listens there; None: if the address is its own.
         checkpoints: where checkpoints will go.
@@ -40,6 +41,7 @@ class Question:
     """
 
     num_local: int
+    num_cores: int | None = None
     endpoint: Endpoint | None = None
     is_first: bool | None = None
     checkpoints: Path | None = None
@@ -49,14 +51,16 @@ class Question:
 def examine(question: Question) -> list[Finding]:
     """Look at this host. Communicates nothing but one connection to the endpoint, where it is another host's."""
     has_cuda = torch.cuda.is_available()
-    cores = len(allowed_cpus())
+    cores = question.num_cores or len(allowed_cpus())
     environment = dict(os.environ)
     checks: dict[str, Callable[[], list[Finding]]] = {
         "launcher": partial(check_launcher, environment, question.num_local),
         "versions": lambda: check_versions(Facts.here()),
         "devices": check_devices,
         "kernels": check_kernels,
-        "threads": partial(check_threads, question.num_local, environment, cores),
+        "threads": partial(
+            check_threads, question.num_local, environment, cores, torch.get_num_threads(), has_cuda=has_cuda
+        ),
         "network": partial(_network, question, environment, has_cuda),
         "mpi": lambda: check_mpi(Mpi.here(), environment, question.mpi),
         "system.shm": partial(check_shared_memory, has_cuda=has_cuda),

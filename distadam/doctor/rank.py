@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import distadam
 from distadam.comm import Collectives, Groups, Streams
 from distadam.doctor.finding import Finding, error, ok
-from distadam.doctor.system import compare_clocks
+from distadam.doctor.system import allowed_cpus, compare_clocks
 from distadam.doctor.versions import Facts, compare_facts
 
 MEETING_TIMEOUT_S = 30.0
@@ -35,15 +36,29 @@ class _Owner:
         return Collectives(groups, Streams(), MEETING_TIMEOUT_S, reduce)
 
 
-def meet() -> list[str]:
-    """Join the job; return every rank's host.
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A rank's host and the CPUs that it may run on there: a launcher may have kept it to some."""
+
+    host: str
+    cpus: tuple[int, ...]
+
+
+def meet() -> list[Seat]:
+    """Join the job; return every rank's seat.
 
     Collective: every rank.
     """
     distadam.init_process_group(timeout_s=MEETING_TIMEOUT_S)
     owner = _Owner()
-    hosts: list[str] = owner.collectives("native").exchange(socket.gethostname(), "doctor")
-    return hosts
+    own = Seat(socket.gethostname(), tuple(allowed_cpus()))
+    seats: list[Seat] = owner.collectives("native").exchange(own, "doctor")
+    return seats
+
+
+def let_rank_0_report() -> None:
+    """Stay for as long as rank 0 may wait for this rank, and for its report: most launchers end all with the first."""
+    time.sleep(MEETING_TIMEOUT_S + 10)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("dockerd", "docker", "docker-compose", "debootstrap", "tar")
-BASE, IMAGE = "distadam-base:test", "distadam:test"
+BASE, IMAGE, CUDA_IMAGE = "distadam-base:test", "distadam:test", "distadam-cuda:test"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # Debian's programs, whatever else is called docker here
 
 
@@ -80,7 +80,7 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         if self._daemon is None:
-            for image in (IMAGE, BASE):
+            for image in (CUDA_IMAGE, IMAGE, BASE):
                 subprocess.run(
                     [shutil.which("docker", path=_PATH) or "docker", "image", "rm", image], capture_output=True
                 )
@@ -109,8 +109,13 @@ class Engine:
 
         shutil.rmtree(ROOT / "docker/wheels", ignore_errors=True)
         run("docker/wheels.sh", PYTHON=sys.executable, TORCH=f"torch=={torch.__version__.partition('+')[0]}")
-        arguments = ["--network", "none", "--build-arg", f"BASE={BASE}", "-f", "docker/cpu.Dockerfile", "-t", IMAGE]
-        run("docker", "build", *arguments, ".", timeout_s=1200)
+        self.image("cpu", IMAGE)
+
+    @staticmethod
+    def image(kind: str, name: str) -> None:
+        """Build ``docker/KIND.Dockerfile`` from the base and the wheels."""
+        arguments = ["--network", "none", "--build-arg", f"BASE={BASE}", "--build-arg", "EXTRAS=prometheus"]
+        run("docker", "build", *arguments, "-f", f"docker/{kind}.Dockerfile", "-t", name, ".", timeout_s=1200)
 
 
 class Compose:

@@ -18,6 +18,7 @@ _CONF = """\
 ClusterName=distadamtest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld}
+FirstJobId={first}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=15

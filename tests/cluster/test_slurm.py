@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -29,15 +31,10 @@ def cluster(tmp_path):
         yield started
 
 
-TORN = "mpi/pmi2: request not begin with 'cmd='"
-
-
 def until(met: Callable[[], bool], said: Callable[[], str], seconds: float = 150.0) -> None:
     """Wait while the job says something new now and then: how fast it trains is the machine's matter."""
     heard, ends = "", time.monotonic() + seconds
     while not met():
-        if TORN in heard:
-            pytest.xfail("Slurm's PMI has read a line of MPICH's in two parts: docs/log.md")
         if said() != heard:
             heard, ends = said(), time.monotonic() + seconds
         assert time.monotonic() < ends, f"nothing new for {seconds} s:\n{heard}"
@@ -85,6 +82,42 @@ def test_sbatch_starts_torchrun_on_every_node_and_goes_back_into_the_queue_after
     assert "node 1 done" in said()
 
 
+TORN = "slurmstepd: error: mpi/pmi2: request not begin with 'cmd='"
+LOSES = """#!/usr/bin/env bash
+[ "$SLURM_NODEID" = 0 ] || exit 0
+echo started >> starts
+[ "$(wc -l < starts)" -gt "$3" ] && exit 0
+echo "$4" >&2
+sleep "$5"
+exit 15
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_lost", "words", "hangs_s", "state", "num_starts"),
+    [
+        (2, TORN, 0, "COMPLETED", 3),
+        (1, TORN, 600, "COMPLETED", 2),
+        (9, TORN, 0, "FAILED", 3),
+        (9, "another error", 0, "FAILED", 1),
+    ],
+    ids=["twice", "hangs", "always", "otherwise"],
+)
+def test_start_that_slurms_pmi_lost_is_repeated_and_another_is_not(
+    cluster, tmp_path, num_lost, words, hangs_s, state, num_starts
+):
+    """What Slurm says, said by a script in Python's place: the fault itself comes by chance (docs/log.md)."""
+    stub, output = tmp_path / "python", tmp_path / "job.out"
+    stub.write_text(LOSES)
+    stub.chmod(0o755)
+    options = ["--parsable", f"--output={output}", f"--chdir={tmp_path}", str(ROOT / "launch/slurm_mpi.sbatch")]
+    job = cluster.run("sbatch", *options, str(num_lost), words, str(hangs_s), PYTHON=str(stub)).strip()
+    until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), lambda: cluster.state(job), 60)
+    assert cluster.state(job) == state, output.read_text()
+    assert (tmp_path / "starts").read_text().count("started") == num_starts, output.read_text()
+    assert "start 1 of 3 was lost by Slurm's PMI" in output.read_text() or words != TORN
+
+
 START = """
 import sys
 sys.modules["mpi4py"] = None  # srun sets MPI's variables too where it is set up for it
@@ -106,26 +139,41 @@ def test_srun_alone_is_a_launcher(cluster):
 
 
 def test_doctor_is_a_job_of_srun(cluster):
-    """Nodes of one name are one host to the doctor: it is examined once, and has both ranks."""
+    """Nodes of one name are one host to the doctor: it is examined once, and has both ranks. srun sets no threads."""
     command = ["srun", "-N2", "-n2", "--export=ALL", sys.executable, "-m", "distadam", "doctor", "--seconds", "0.2"]
-    settings = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    settings = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "", "COLUMNS": "200"}
     text = cluster.run(*command, **settings)
     for words in ("Slurm started 2 ranks (SLURM_STEP_NUM_TASKS=2), 2 of them on this host", "2 ranks met", "all right"):
         assert text.count(words) == 1, text
+    assert re.search(r"2 ranks x \d+ threads on \d+ cores, as OMP_NUM_THREADS is not set", text), text
     assert "distadam doctor: 0 errors" in text
 
 
 STEPS = 60
+OPTIONS = ["--steps", str(STEPS), "--eval-every", str(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run in one process that never stopped has found."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, str(ROOT / "examples/train_gpt.py"), *OPTIONS, "--out", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "run.json").read_text())
 
 
 @pytest.mark.parametrize("script_name", ["slurm.sbatch", "slurm_mpi.sbatch"])
-def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(cluster, tmp_path, script_name):
+def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(
+    cluster, tmp_path, whole, script_name
+):
     python = sys.executable
     if script_name == "slurm_mpi.sbatch":
         if environments.missing("mpich"):
             pytest.skip(environments.missing("mpich"))
         python = str(environments.folder("mpich") / "python")
-    output, options = tmp_path / "job.out", ["--steps", str(STEPS), "--eval-every", str(STEPS)]
+    output = tmp_path / "job.out"
 
     def said() -> str:
         return output.read_text() if output.exists() else ""
@@ -134,7 +182,7 @@ def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stop
         path = tmp_path / "run" / "curve.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    script = [str(ROOT / "launch" / script_name), str(ROOT / "examples/train_gpt.py"), *options]
+    script = [str(ROOT / "launch" / script_name), str(ROOT / "examples/train_gpt.py"), *OPTIONS]
     script += ["--out", str(tmp_path / "run"), "--resume", str(tmp_path / "checkpoints"), "--log-every", "1"]
     command = ["sbatch", "--parsable", f"--output={output}", f"--chdir={tmp_path}", *script]
     settings = {"PYTHON": python, "PYTHONPATH": str(ROOT), "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "SAVE_S": "60"}
@@ -149,10 +197,6 @@ def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stop
     completed(cluster, job, said)
     assert f"job {job}, start 2, nodes n[1-2]" in said()
     assert [point["step"] for point in points()] == list(range(1, STEPS + 1))
-
-    whole = [sys.executable, str(ROOT / "examples/train_gpt.py"), *options, "--out", str(tmp_path / "whole")]
-    done = subprocess.run(whole, env=cluster.environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found, expected = (json.loads((tmp_path / run / "run.json").read_text()) for run in ("run", "whole"))
+    found = json.loads((tmp_path / "run" / "run.json").read_text())
     # The same batches; two ranks add in another order, over 60 steps.
-    assert found["val_bits_per_byte"] == pytest.approx(expected["val_bits_per_byte"], rel=2e-3)
+    assert found["val_bits_per_byte"] == pytest.approx(whole["val_bits_per_byte"], rel=2e-3)
