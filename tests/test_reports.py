@@ -279,6 +279,26 @@ def _gradient_bytes(rank: int, stage: int) -> tuple[dict[str, int], int, int]:
     return optimizer.memory_report().nbytes, sum(sizes), max(sizes)
 
 
+def _one_large_bucket(rank: int, first: bool) -> tuple[int, list[int]]:
+    layers = [nn.Linear(30, 30) for _ in range(6)]
+    layers.insert(0 if first else 6, nn.Linear(30, 900) if not first else nn.Linear(900, 30))
+    model = nn.Sequential(*layers)
+    optimizer = distadam.AdamW(model.parameters(), comm=BUCKET)
+    for _ in range(4):
+        model(torch.ones(2, 900 if first else 30)).sum().backward()
+        optimizer.step()
+    sizes = sorted(bucket.nbytes for bucket in optimizer.layout.buckets)
+    return optimizer.memory_report().nbytes["gradient_buffers"], sizes
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["reduced first", "reduced last"])
+def test_pool_takes_the_largest_bucket_once(first: bool) -> None:
+    """An embedding is one large bucket: the other buffer does not become as large, whichever is asked for first."""
+    for nbytes, sizes in run_ranks(2, _one_large_bucket, first):
+        assert sizes[-1] > 5 * sizes[-2]
+        assert nbytes == sizes[-1] + sizes[-2]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_stage_2_keeps_fewer_gradient_bytes_than_stage_1(num_ranks: int) -> None:
     answers = [run_ranks(num_ranks, _gradient_bytes, stage) for stage in (1, 2)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import weakref
+from bisect import insort
 from collections import defaultdict
 
 import torch
@@ -62,13 +64,13 @@ class BufferPool:
     """Lends full-gradient buffers and takes them back when their reduction is launched.
 
     Note [Bounded pool]: with ``depth`` buffers out there the pool does not grow but waits for the oldest reduction, so
-    that full gradients take no more than ``depth`` of the largest buckets while reductions keep up (stage 2). It waits
-    for `PATIENCE_S` only: a peer may itself be waiting for this rank, in backward (SyncBatchNorm) or in `step` (a
-    parameter that it did not use holds up its launches). Then the pool grows, and does not wait again until some
-    reduction has finished. The depth that it has then is that of every rank from the next agreement on (`deepen`):
-    ranks that read each other's memory wait for peers to have read, and a peer with a buffer more would not read before
-    it is in `step`. With ``depth=None`` each bucket has buffers of its own and they stay (stage 1, one rank,
-    ``no_sync``).
+    that full gradients take no more than the ``depth`` largest buckets while reductions keep up (stage 2). It waits for
+    `PATIENCE_S` only: a peer may itself be waiting for this rank, in backward (SyncBatchNorm) or in `step` (a parameter
+    that it did not use holds up its launches). Then the pool grows, and does not wait again until some reduction has
+    finished. The depth that it has then is that of every rank from the next agreement on (`deepen`): ranks that read
+    each other's memory wait for peers to have read, and a peer with a buffer more would not read before it is in
+    `step`. For the same reason buffers have the sizes of the largest buckets, not of those that asked first. With
+    ``depth=None`` each bucket has buffers of its own and they stay (stage 1, one rank, ``no_sync``).
     """
 
     def __init__(self, ledger: Ledger, kind: str, depth: int | None) -> None:
@@ -78,13 +80,11 @@ class BufferPool:
         self._free: dict[Key, list[FullBuffer]] = defaultdict(list)
         self._num_buffers: dict[Key, int] = defaultdict(int)
         self._stalled = False
-        self._num_users: dict[Key, int] = defaultdict(int)
-        self._most_numel: dict[Key, int] = defaultdict(int)
+        self._sizes: dict[Key, list[int]] = defaultdict(list)
 
     def expect(self, bucket: Bucket, dtype: torch.dtype, device: torch.device) -> None:
-        """Say that one more bucket will ask: no more buffers than buckets are made ahead of need, and all fit it."""
-        self._num_users[dtype, device] += 1
-        self._most_numel[dtype, device] = max(self._most_numel[dtype, device], bucket.numel)
+        """Say that one more bucket will ask: no more buffers than buckets are made ahead of need."""
+        insort(self._sizes[dtype, device], bucket.numel, key=operator.neg)
 
     def deepen(self, depth: int) -> None:
         """Take over the depth of the rank that has the most; it never falls."""
@@ -93,27 +93,32 @@ class BufferPool:
 
     def acquire(self, bucket: Bucket, dtype: torch.dtype, device: torch.device) -> FullBuffer:
         """Return a buffer for ``bucket`` whose former content nobody reads any more."""
-        key: Key = (dtype, device) if self.depth is not None else (bucket.index, dtype, device)
+        if self.depth is None:
+            key: Key = (bucket.index, dtype, device)
+            full, numel = True, bucket.numel
+        else:
+            key = (dtype, device)
+            rest = self._sizes[key][self._num_buffers[key] :]  # of buffers that are not made yet
+            full = self._num_buffers[key] >= self.depth or not rest or rest[0] < bucket.numel
+            numel = max([bucket.numel, *rest[:1]])
         free = self._free[key]
-        full = self.depth is None or self._num_buffers[key] >= min(self.depth, self._num_users[key])
+        fitting = [buffer for buffer in free if buffer.flat.numel() >= bucket.numel] if full else []
         # Reductions end in the order of their launch, so no other is asked: asking may do the work early.
-        oldest = next((buffer for buffer in free if buffer.pending is DONE), free[0]) if full and free else None
+        oldest = next((buffer for buffer in fitting if buffer.pending is DONE), fitting[0]) if fitting else None
         deadline, poll_s = time.monotonic() + PATIENCE_S, 0.0
         while oldest is not None:
             if oldest.pending.ready(poll_s):
                 free.remove(oldest)
                 oldest.pending.wait()
                 self._stalled = False
-                if oldest.flat.numel() >= bucket.numel:
-                    return oldest
-                self._drop(oldest)  # a larger bucket has come since it was made
-                break
+                return oldest
             if self._stalled:
                 break
             self._stalled, poll_s = time.monotonic() > deadline, 0.001
+        if full and free and free[0].flat.numel() < bucket.numel and free[0].pending.ready(0.0):
+            self._drop(free.pop(0))  # larger buckets have come since it was made
         self._num_buffers[key] += 1
         self.deepen(self._num_buffers[key])
-        numel = max(bucket.numel, self._most_numel.get(key, 0))
         return FullBuffer(self._ledger.empty(self._kind, numel, dtype, device), key, self)
 
     def release(self, buffer: FullBuffer, pending: Pending = DONE) -> None:
@@ -122,5 +127,6 @@ class BufferPool:
         self._free[buffer.key].append(buffer)
 
     def _drop(self, buffer: FullBuffer) -> None:
+        buffer.pending.wait()
         self._ledger.release(buffer.flat)
         self._num_buffers[buffer.key] -= 1
