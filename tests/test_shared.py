@@ -28,7 +28,8 @@ from distadam.comm import shared as shared_module
 from distadam.comm.exchange import Exchange
 from distadam.comm.mesh import READ, READY, Mesh
 from distadam.comm.shared import Reduction, Shared, SharedMemory, meet, stagger_nbytes
-from distadam.engine.buffers import PATIENCE_S, BufferPool, FullBuffer
+from distadam.engine import buffers
+from distadam.engine.buffers import BufferPool, FullBuffer
 from distadam.errors import CommError, ConfigError, UsageError
 from tests.ranks import Pool, RanksFailed, run_ranks
 from tests.staggered import STAGGERED_ABOVE
@@ -358,6 +359,9 @@ def test_sum_goes_to_memory_only_where_its_buffer_is_needed() -> None:
         assert counts == [num_buckets - 2] * 5
 
 
+_PATIENCE_S = 1.0
+
+
 def _waits_after_a_stall(rank: int) -> tuple[int, list[float]]:
     """Rank 1 once hangs in backward for longer than its peer waits: buffers lent, and later waits in seconds."""
     torch.manual_seed(0)
@@ -373,14 +377,15 @@ def _waits_after_a_stall(rank: int) -> tuple[int, list[float]]:
 
     def hang(grad: Tensor) -> None:
         if rank == 1 and step == 0:
-            time.sleep(1.5 * PATIENCE_S)
+            time.sleep(1.5 * _PATIENCE_S)
 
     for step in range(5):
         if step == 1:
             waits.clear()
         middle = layers[:3](torch.ones(4, 30))
         middle.register_hook(hang)
-        with mock.patch.object(BufferPool, "acquire", timed):
+        impatient = mock.patch.object(buffers, "PATIENCE_S", _PATIENCE_S)
+        with impatient, mock.patch.object(BufferPool, "acquire", timed):
             layers[3:](middle).square().mean().backward()
         optimizer.step()
     return optimizer._reducer._pools.wire.depth or 0, waits
@@ -391,7 +396,7 @@ def test_rank_that_once_took_another_buffer_does_not_hold_up_every_step() -> Non
     (depth, waits), (other_depth, other_waits) = run_ranks(2, _waits_after_a_stall)
     assert depth == other_depth > 2
     assert waits
-    assert max(waits + other_waits) < PATIENCE_S
+    assert max(waits + other_waits) < _PATIENCE_S
 
 
 def _written(rank: int, share: bool) -> tuple[float, str]:

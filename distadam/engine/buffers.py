@@ -16,7 +16,8 @@ from distadam.engine.ledger import Ledger
 from distadam.layout import Bucket
 
 Key = tuple[object, ...]
-PATIENCE_S = 1.0
+PATIENCE_S = 2.0
+"""Seconds to wait for a buffer before one more is made; ranks of a busy machine are a second apart now and then."""
 
 
 class FullBuffer:
