@@ -57,11 +57,11 @@ test: setup ## Lint, types and all tests; each runs even when one before it fail
 	done; \
 	printf '\n== make test\n%s' "$$summary"; exit $$failed
 
-lint: setup ## Style: ruff, and shellcheck where it is installed.
+lint: setup ## Style: ruff, shellcheck.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@bash -n launch/*.sh launch/*.sbatch docker/*.sh .ci/run
-	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*.sbatch docker/*.sh .ci/run; else echo "shellcheck: not installed, skipped"; fi
+	@$(BIN)/shellcheck launch/*.sh launch/*.sbatch docker/*.sh .ci/run
 
 types: setup ## mypy, strict, on the package.
 	@$(BIN)/mypy

@@ -181,8 +181,9 @@ def measure(options: argparse.Namespace, servers: dict[str, Server], folder: Pat
                         reason = why_not(entry.name)
                         if reason:
                             raise RuntimeError(reason)
-                        results[entry.key] = servers[entry.allocator].run(job, options.timeout_s)
-                        _check(results[entry.key])
+                        found = servers[entry.allocator].run(job, options.timeout_s)
+                        _check(found)
+                        results[entry.key] = found
                     except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
                         section["failed"][entry.key] = str(error)
                 section["rounds"].append(results)

@@ -99,9 +99,10 @@ class BufferPool:
             full, numel = True, bucket.numel
         else:
             key = (dtype, device)
-            rest = self._sizes[key][self._num_buffers[key] :]  # of buffers that are not made yet
-            full = self._num_buffers[key] >= self.depth or not rest or rest[0] < bucket.numel
-            numel = max([bucket.numel, *rest[:1]])
+            made, sizes = self._num_buffers[key], self._sizes[key]
+            next_numel = sizes[made] if made < len(sizes) else 0
+            full = made >= self.depth or next_numel < bucket.numel
+            numel = max(next_numel, bucket.numel)
         free = self._free[key]
         fitting = [buffer for buffer in free if buffer.flat.numel() >= bucket.numel] if full else []
         # Reductions end in the order of their launch, so no other is asked: asking may do the work early.
