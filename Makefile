@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 NPROC ?= 2
 DEMO ?= runs/demo
+DEMO_STEPS ?= 700
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -43,9 +44,9 @@ $(READY): pyproject.toml Makefile distadam/native/library.c
 # Passive: OpenMP threads sleep at their barriers. On an idle machine that costs a tenth, on a busy one spinning costs 3x.
 demo: setup ## Train the GPT on NPROC sharded processes and in one process; curves and tables in runs/demo.
 	@echo; echo "demo 1/2: torch.optim.AdamW, one process"
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python $(TRAIN) --reference --out $(DEMO)/reference
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python $(TRAIN) --steps $(DEMO_STEPS) --reference --out $(DEMO)/reference
 	@echo; echo "demo 2/2: distadam.AdamW, $(NPROC) processes"
-	@$(BIN)/distadam launch --nproc $(NPROC) $(TRAIN) --out $(DEMO)/sharded --plot-with $(DEMO)/reference
+	@$(BIN)/distadam launch --nproc $(NPROC) $(TRAIN) --steps $(DEMO_STEPS) --out $(DEMO)/sharded --plot-with $(DEMO)/reference
 	@echo; echo "curves: $(DEMO)/sharded/curve.png"
 
 test: setup ## Lint, types and all tests; each runs even when one before it failed.
