@@ -6,6 +6,7 @@ with, which is what glibc's allocator settings need. ``python peers_rank.py --jo
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -212,6 +213,10 @@ def main() -> None:
         import torch.distributed.fsdp
         import torch.distributed.optim  # noqa: F401
 
+        # Else a rank's first full collection writes to every object that it shares with this server, and has copies of
+        # their pages from then on: 30 MB for whoever's allocations happen to bring one about.
+        gc.collect()
+        gc.freeze()
         _serve()
         return
     rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
