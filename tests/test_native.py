@@ -169,15 +169,15 @@ def check(rule: str, options: Options, dtype: str, master: str, moments: str) ->
 
 @NEEDS_IT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 1000])
-def test_sums_over_ranks_have_the_bits_of_the_tree(num_ranks: int, dtype: torch.dtype, monkeypatch: Any) -> None:
-    leaves = [gradients(rank, dtype, False)[: 64 * 13] for rank in range(num_ranks)]
+@pytest.mark.parametrize("num_leaves", [1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 1000])
+def test_sums_over_ranks_have_the_bits_of_the_tree(num_leaves: int, dtype: torch.dtype, monkeypatch: Any) -> None:
+    leaves = [gradients(rank, dtype, False)[: 64 * 13] for rank in range(num_leaves)]
     total = torch.empty(64 * 13)
     assert native.sum_ranks(total, leaves)
     monkeypatch.setattr(native, "_load", lambda: (None, "absent"))
     expected = torch.empty(64 * 13)
-    TreeSum(num_ranks).add(expected, leaves)
-    assert_same_bits(total, expected, num_ranks)
+    TreeSum(num_leaves).add(expected, leaves)
+    assert_same_bits(total, expected, num_leaves)
 
 
 @NEEDS_IT
@@ -190,14 +190,14 @@ def test_a_sum_may_overwrite_one_of_its_leaves() -> None:
 
 
 @NEEDS_IT
-@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("num_leaves", [2, 3, 4, 8])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
-def test_an_update_adds_up_what_ranks_bring(num_ranks: int, wire: torch.dtype) -> None:
-    leaves = [gradients(rank, wire, False) for rank in range(num_ranks)]
+def test_an_update_adds_up_what_ranks_bring(num_leaves: int, wire: torch.dtype) -> None:
+    leaves = [gradients(rank, wire, False) for rank in range(num_leaves)]
     before = [leaf.clone() for leaf in leaves]
     total = torch.empty(NUMEL)
     native.sum_ranks(total, leaves)
-    scaling = {"num_ranks": torch.tensor(float(num_ranks))}
+    scaling = {"num_ranks": torch.tensor(float(num_leaves))}
     ours, theirs = (Shard("adamw", {}, "bfloat16", "split", "8bit", False) for _ in range(2))
     squares = torch.zeros((), dtype=torch.float64)
     ours.step("compiled", leaves, squares=squares, **scaling)
@@ -226,6 +226,31 @@ def test_gradients_are_scaled_by_the_same_roundings(factors: tuple[str, ...]) ->
         theirs.step("torch_fused", [grad], **scaling)
     for name, actual in ours.memory().items():
         assert_same_bits(actual, theirs.memory()[name], name)
+
+
+@NEEDS_IT
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}], ids=str)
+@pytest.mark.parametrize("factors", [(), ("multipliers",), ("multipliers", "loss_scale")], ids=str)
+@pytest.mark.parametrize("num_leaves", [1, 2, 3, 4])
+def test_adam_adds_up_and_scales_by_the_same_roundings(
+    num_leaves: int, factors: tuple[str, ...], options: Options
+) -> None:
+    values = {"multipliers": [torch.tensor(0.3), torch.tensor(1.7)], "loss_scale": torch.tensor(1025.0)}
+    scaling = {name: values[name] for name in factors}
+    if num_leaves > 1:
+        scaling["num_ranks"] = torch.tensor(3.0)  # uneven inputs divide by another number than adds up
+    special = not factors  # whose squares are not a number
+    ours, theirs = (Shard("adam", options, "float32", "auto", "fp32", False) for _ in range(2))
+    squares, expected, total = torch.zeros((), dtype=torch.float64), 0.0, torch.empty(NUMEL)
+    for step in range(3):
+        leaves = [gradients(10 * step + rank, torch.float32, special) for rank in range(num_leaves)]
+        native.sum_ranks(total, leaves)
+        ours.step("compiled", leaves, squares=squares, **scaling)
+        expected += float((total.double() ** 2).sum())
+        theirs.step("torch_fused", [total.clone()], **scaling)
+    for name, actual in ours.memory().items():
+        assert_same_bits(actual, theirs.memory()[name], name)
+    assert float(squares) == pytest.approx(expected, rel=1e-7, nan_ok=True)
 
 
 @NEEDS_IT

@@ -211,23 +211,22 @@ INLINE void add(float *restrict to, const float *restrict x, int n) {
 }
 
 /* Add n elements, from element `at` on, of every rank's buffer in the order of a binary tree over ranks whose left
- * halves are powers of two: like the carries of a binary counter. */
+ * halves are powers of two: like the carries of a binary counter. Floats are taken four or two ranks at a time. */
 INLINE void tree_sum(const void *const *sources, int num_sources, int type, int64_t at, float *restrict out, int n) {
-    int64_t nbytes = at * (type == FLOAT ? 4 : 2);
-    if (num_sources == 1) {
-        widen((const char *)sources[0] + nbytes, type, out, n);
-        return;
-    }
-    if (num_sources == 2 && type == FLOAT) {
-        const float *restrict a = (const float *)sources[0] + at, *restrict b = (const float *)sources[1] + at;
-        for (int i = 0; i < n; i++) out[i] = a[i] + b[i];
-        return;
-    }
     float stack[DEPTH][BLOCK];
-    int sizes[DEPTH], top = 0;
-    for (int rank = 0; rank < num_sources; rank++) {
-        widen((const char *)sources[rank] + nbytes, type, stack[top], n);
-        sizes[top++] = 1;
+    int sizes[DEPTH], top = 0, size;
+    for (int rank = 0; rank < num_sources; rank += size) {
+        const float *const *x = (const float *const *)sources + rank;
+        size = type != FLOAT ? 1 : num_sources - rank >= 4 ? 4 : num_sources - rank >= 2 ? 2 : 1;
+        float *restrict sum = size == num_sources ? out : stack[top];
+        if (size == 4)
+            for (int i = 0; i < n; i++) sum[i] = (x[0][at + i] + x[1][at + i]) + (x[2][at + i] + x[3][at + i]);
+        else if (size == 2)
+            for (int i = 0; i < n; i++) sum[i] = x[0][at + i] + x[1][at + i];
+        else
+            widen((const char *)sources[rank] + at * (type == FLOAT ? 4 : 2), type, sum, n);
+        if (size == num_sources) return;
+        sizes[top++] = size;
         while (top > 1 && sizes[top - 1] == sizes[top - 2]) {
             add(stack[top - 2], stack[top - 1], n);
             sizes[--top - 1] *= 2;
@@ -262,16 +261,34 @@ INLINE void scale(const struct update *u, float *restrict g, int n) {
         for (int i = 0; i < n; i++) g[i] = -g[i];
 }
 
+/* Where the rule finds the gradient of a block: in one buffer that is scaled already, or in the floats of 2 or 4 ranks,
+ * which it adds up (`sum` is left with it), divides and multiplies as it goes. */
+struct gradient {
+    const float *parts[4];
+    float *sum;
+    float num_ranks, multipliers[MAX_MULTIPLIERS];
+};
+
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }
 
-/* One loop, so that the square root and the divisions of some elements overlap the loads of others. The last four
+/* One loop, so that the square root and the divisions of some elements overlap the loads of others. The last five
  * arguments are constants where it is called. */
-INLINE void adam_loop(const struct update *u, float *restrict w, const float *restrict gradient, float *restrict m,
-                      float *restrict v, float *restrict most, int n, int near, int decays, int decoupled, int amsgrad) {
+INLINE void adam_loop(const struct update *u, float *restrict w, const struct gradient *gradient, float *restrict m,
+                      float *restrict v, float *restrict most, int n, int num_parts, int near, int decays, int decoupled,
+                      int amsgrad) {
+    const float *restrict a = gradient->parts[0], *restrict b = gradient->parts[1];
+    const float *restrict c = gradient->parts[2], *restrict d = gradient->parts[3];
+    float *restrict sum = gradient->sum;
+    const float ranks = gradient->num_ranks, first = gradient->multipliers[0], second = gradient->multipliers[1];
     const float lr = -u->lr, decay = u->decay, eps = u->eps, correction = u->correction;
     const float weight = near ? u->gain1 : u->gain1 - 1.0f, beta2 = u->beta2, gain2 = u->gain2;
     for (int i = 0; i < n; i++) {
-        float g = gradient[i], x = w[i];
+        float g = a[i], x = w[i];
+        if (num_parts > 1) {
+            g = num_parts == 2 ? g + b[i] : (g + b[i]) + (c[i] + d[i]);
+            sum[i] = g;
+            g = g / ranks * first * second;
+        }
         if (decays && decoupled) x *= decay;
         if (decays && !decoupled) g = __builtin_fmaf(x, decay, g);
         float mean = __builtin_fmaf(weight, g - m[i], near ? m[i] : g);
@@ -283,17 +300,27 @@ INLINE void adam_loop(const struct update *u, float *restrict w, const float *re
     }
 }
 
-INLINE void adam(const struct update *u, float *w, const float *g, float *m, float *v, float *most, int n) {
-    const int near = fabsf(u->gain1) < 0.5f, decoupled = (u->flags & DECOUPLED) != 0;
-#define LOOP(NEAR, DECAYS, DECOUPLED, AMSGRAD) adam_loop(u, w, g, m, v, most, n, NEAR, DECAYS, DECOUPLED, AMSGRAD)
-    if (!near || u->flags & AMSGRAD)
-        LOOP(near, u->flags & DECAYS, decoupled, u->flags & AMSGRAD);
-    else if (!(u->flags & DECAYS))
-        LOOP(1, 0, 0, 0);
-    else if (decoupled)
-        LOOP(1, 1, 1, 0);
-    else
-        LOOP(1, 1, 0, 0);
+INLINE void adam(const struct update *u, float *w, const struct gradient *g, int num_parts, float *m, float *v,
+                 float *most, int n) {
+    const int near = fabsf(u->gain1) < 0.5f, decays = u->flags & DECAYS, decoupled = (u->flags & DECOUPLED) != 0;
+#define LOOP(PARTS, NEAR, DECAYS, DECOUPLED, AMSGRAD) adam_loop(u, w, g, m, v, most, n, PARTS, NEAR, DECAYS, DECOUPLED, AMSGRAD)
+#define LOOPS(PARTS) \
+    if (!near || u->flags & AMSGRAD) \
+        LOOP(PARTS, near, decays, decoupled, u->flags & AMSGRAD); \
+    else if (!decays) \
+        LOOP(PARTS, 1, 0, 0, 0); \
+    else if (decoupled) \
+        LOOP(PARTS, 1, 1, 1, 0); \
+    else \
+        LOOP(PARTS, 1, 1, 0, 0);
+    if (num_parts == 1) {
+        LOOPS(1)
+    } else if (num_parts == 2) {
+        LOOPS(2)
+    } else {
+        LOOPS(4)
+    }
+#undef LOOPS
 #undef LOOP
 }
 
@@ -390,23 +417,28 @@ INLINE void store_state(const struct state *s, int64_t at, uint32_t step, const 
         narrow(x, (uint16_t *)s->values + at, s->type, n);
 }
 
-/* Whether the gradient can be read where it lies: it is one buffer of floats, and nothing writes to it. */
-INLINE int is_plain(const struct update *u) {
-    int scaled = u->num_ranks != 0 || u->num_multipliers || u->loss_scale != 0 || u->flags & MAXIMIZE;
-    return u->rule == ADAM && u->num_sources == 1 && u->source_type == FLOAT && !scaled;
+/* Whether the rule can read the ranks' gradients where they lie: floats, not too many, scaled by no loss. */
+INLINE int reads_ranks(const struct update *u) {
+    int scaled = u->num_ranks != 0 || u->num_multipliers;
+    int few = u->num_sources == 2 || u->num_sources == 4 || (u->num_sources == 1 && !scaled);
+    return u->rule == ADAM && u->source_type == FLOAT && few && u->loss_scale == 0 && !(u->flags & MAXIMIZE);
 }
 
-INLINE double update_block(const struct update *u, int64_t at, int n, int plain) {
+INLINE double update_block(const struct update *u, int64_t at, int n, int in_place) {
     float sum[BLOCK], weight[BLOCK], state[MAX_STATES][BLOCK];
-    float *g = sum, *w = weight, *s[MAX_STATES] = {state[0], state[1], state[2]};
+    float *w = weight, *s[MAX_STATES] = {state[0], state[1], state[2]};
+    struct gradient read = {.parts = {sum}, .sum = sum, .num_ranks = 1, .multipliers = {1, 1}};
     double total = 0;
-    if (plain)
-        g = (float *)u->sources[0] + (at - u->origin);
-    else
-        tree_sum(u->sources, u->num_sources, u->source_type, at - u->origin, g, n);
-    if (u->squares) total = squares(g, n);
-    if (u->rule == NONE) return total;
-    if (!plain) scale(u, g, n);
+    if (in_place) {
+        for (int k = 0; k < u->num_sources; k++) read.parts[k] = (const float *)u->sources[k] + (at - u->origin);
+        if (u->num_ranks != 0) read.num_ranks = u->num_ranks;
+        for (int k = 0; k < u->num_multipliers; k++) read.multipliers[k] = u->multipliers[k];
+    } else {
+        tree_sum(u->sources, u->num_sources, u->source_type, at - u->origin, sum, n);
+        if (u->squares) total = squares(sum, n);
+        if (u->rule == NONE) return total;
+        scale(u, sum, n);
+    }
     if (u->weights == OWN)
         w = (float *)u->param + at;
     else if (u->weights == MASTER)
@@ -419,13 +451,14 @@ INLINE double update_block(const struct update *u, int64_t at, int n, int plain)
         else
             load_state(&u->states[k], at, s[k], n);
     if (u->rule == ADAM)
-        adam(u, w, g, s[0], s[1], s[2], n);
+        adam(u, w, &read, in_place ? u->num_sources : 1, s[0], s[1], s[2], n);
     else if (u->rule == SGD)
-        sgd(u, w, g, s[0], n);
+        sgd(u, w, sum, s[0], n);
     else if (u->flags & MOMENTUM)
-        rmsprop(u, w, g, s[0], s[1], s[2], n);
+        rmsprop(u, w, sum, s[0], s[1], s[2], n);
     else
-        rmsprop(u, w, g, s[0], NULL, s[1], n);
+        rmsprop(u, w, sum, s[0], NULL, s[1], n);
+    if (in_place && u->squares) total = squares(u->num_sources == 1 ? read.parts[0] : sum, n);
     if (u->weights == MASTER)
         narrow(w, (uint16_t *)u->param + at, u->param_type, n);
     else if (u->weights != OWN)
@@ -439,11 +472,11 @@ API int32_t distadam_version(void) { return VERSION * 65536 + (int32_t)sizeof(st
 
 /* Update elements [start, end) of the shard, multiples of 64 (of 256 where there are blocks or random bits). */
 API CLONES void distadam_update(const struct update *u, int64_t start, int64_t end) {
-    const int plain = is_plain(u);
+    const int in_place = reads_ranks(u);
     double total = 0;
     for (int64_t at = start; at < end; at += BLOCK) {
         int n = end - at < BLOCK ? (int)(end - at) : BLOCK;
-        total += update_block(u, at, n, plain);
+        total += update_block(u, at, n, in_place);
     }
     if (u->squares) *u->squares += total;
 }
