@@ -231,14 +231,15 @@ def test_gradients_are_scaled_by_the_same_roundings(factors: tuple[str, ...]) ->
 @NEEDS_IT
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}], ids=str)
 @pytest.mark.parametrize("factors", [(), ("multipliers",), ("multipliers", "loss_scale")], ids=str)
+@pytest.mark.parametrize("divisor", [None, 3, 4])
 @pytest.mark.parametrize("num_leaves", [1, 2, 3, 4])
 def test_adam_adds_up_and_scales_by_the_same_roundings(
-    num_leaves: int, factors: tuple[str, ...], options: Options
+    num_leaves: int, divisor: int | None, factors: tuple[str, ...], options: Options
 ) -> None:
     values = {"multipliers": [torch.tensor(0.3), torch.tensor(1.7)], "loss_scale": torch.tensor(1025.0)}
     scaling = {name: values[name] for name in factors}
-    if num_leaves > 1:
-        scaling["num_ranks"] = torch.tensor(3.0)  # uneven inputs divide by another number than adds up
+    if divisor is not None:  # with uneven inputs another number than adds up
+        scaling["num_ranks"] = torch.tensor(float(divisor))
     special = not factors  # whose squares are not a number
     ours, theirs = (Shard("adam", options, "float32", "auto", "fp32", False) for _ in range(2))
     squares, expected, total = torch.zeros((), dtype=torch.float64), 0.0, torch.empty(NUMEL)

@@ -261,12 +261,12 @@ INLINE void scale(const struct update *u, float *restrict g, int n) {
         for (int i = 0; i < n; i++) g[i] = -g[i];
 }
 
-/* Where the rule finds the gradient of a block: in one buffer that is scaled already, or in the floats of 2 or 4 ranks,
- * which it adds up (`sum` is left with it), divides and multiplies as it goes. */
+/* Where a rule that reads the ranks' gradients in place finds those of a block, 1, 2 or 4: it adds them up (`sum` is left
+ * with that) and multiplies as it goes. `share` is one over the number of ranks. */
 struct gradient {
     const float *parts[4];
     float *sum;
-    float num_ranks, multipliers[MAX_MULTIPLIERS];
+    float share, multipliers[MAX_MULTIPLIERS];
 };
 
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }
@@ -279,7 +279,7 @@ INLINE void adam_loop(const struct update *u, float *restrict w, const struct gr
     const float *restrict a = gradient->parts[0], *restrict b = gradient->parts[1];
     const float *restrict c = gradient->parts[2], *restrict d = gradient->parts[3];
     float *restrict sum = gradient->sum;
-    const float ranks = gradient->num_ranks, first = gradient->multipliers[0], second = gradient->multipliers[1];
+    const float share = gradient->share, first = gradient->multipliers[0], second = gradient->multipliers[1];
     const float lr = -u->lr, decay = u->decay, eps = u->eps, correction = u->correction;
     const float weight = near ? u->gain1 : u->gain1 - 1.0f, beta2 = u->beta2, gain2 = u->gain2;
     for (int i = 0; i < n; i++) {
@@ -287,8 +287,8 @@ INLINE void adam_loop(const struct update *u, float *restrict w, const struct gr
         if (num_parts > 1) {
             g = num_parts == 2 ? g + b[i] : (g + b[i]) + (c[i] + d[i]);
             sum[i] = g;
-            g = g / ranks * first * second;
         }
+        g = g * share * first * second;
         if (decays && decoupled) x *= decay;
         if (decays && !decoupled) g = __builtin_fmaf(x, decay, g);
         float mean = __builtin_fmaf(weight, g - m[i], near ? m[i] : g);
@@ -417,21 +417,22 @@ INLINE void store_state(const struct state *s, int64_t at, uint32_t step, const 
         narrow(x, (uint16_t *)s->values + at, s->type, n);
 }
 
-/* Whether the rule can read the ranks' gradients where they lie: floats, not too many, scaled by no loss. */
+/* Whether the rule can read the ranks' gradients where they lie. Multiplying is as good as dividing, bit for bit, where
+ * the number of ranks is a power of two (or 0: not divided by). */
 INLINE int reads_ranks(const struct update *u) {
-    int scaled = u->num_ranks != 0 || u->num_multipliers;
-    int few = u->num_sources == 2 || u->num_sources == 4 || (u->num_sources == 1 && !scaled);
-    return u->rule == ADAM && u->source_type == FLOAT && few && u->loss_scale == 0 && !(u->flags & MAXIMIZE);
+    int few = u->num_sources == 1 || u->num_sources == 2 || u->num_sources == 4;
+    int halves = (bits_of(u->num_ranks) & 0x7fffff) == 0;
+    return u->rule == ADAM && u->source_type == FLOAT && few && halves && u->loss_scale == 0 && !(u->flags & MAXIMIZE);
 }
 
 INLINE double update_block(const struct update *u, int64_t at, int n, int in_place) {
     float sum[BLOCK], weight[BLOCK], state[MAX_STATES][BLOCK];
     float *w = weight, *s[MAX_STATES] = {state[0], state[1], state[2]};
-    struct gradient read = {.parts = {sum}, .sum = sum, .num_ranks = 1, .multipliers = {1, 1}};
+    struct gradient read = {.parts = {sum}, .sum = sum, .share = 1, .multipliers = {1, 1}};
     double total = 0;
     if (in_place) {
         for (int k = 0; k < u->num_sources; k++) read.parts[k] = (const float *)u->sources[k] + (at - u->origin);
-        if (u->num_ranks != 0) read.num_ranks = u->num_ranks;
+        if (u->num_ranks != 0) read.share = 1 / u->num_ranks;
         for (int k = 0; k < u->num_multipliers; k++) read.multipliers[k] = u->multipliers[k];
     } else {
         tree_sum(u->sources, u->num_sources, u->source_type, at - u->origin, sum, n);
