@@ -23,9 +23,11 @@ from distadam.comm.device_memory import DeviceMemory
 from distadam.comm.exchange import Exchange
 from distadam.comm.groups import Groups, count_call, silence_s
 from distadam.comm.hosts import Hosts, machine_identity
+from distadam.comm.mesh import AGREE, SUM
 from distadam.comm.mixed import Mixed
 from distadam.comm.phase import note
 from distadam.comm.shared import Shared, SharedMemory, meet, stagger_nbytes
+from distadam.comm.small import MOST_NBYTES, SmallAllReduces
 from distadam.comm.streams import DONE, Pending, Streams, Work
 from distadam.comm.symmetric import Symmetric, meet_on_device
 from distadam.errors import CommError, ConfigError
@@ -82,6 +84,7 @@ class Collectives:
         self._exchanging: dict[torch.device, bool] = {}
         self.hosts: Hosts | None = None
         self.memory: SharedMemory | None = None
+        self._small: dict[int, SmallAllReduces] = {}
         if reduce in ("auto", "shared") and groups.shard_control is not None and _has_cpu(groups.shard):
             self._find_hosts()
         self._shares_parameters = share_parameters and self.on_one_host
@@ -112,6 +115,9 @@ class Collectives:
         if not self.hosts.unshared:
             names = [f"rank {other}" for other in dist.get_process_group_ranks(control)]
             self.memory = meet(names, rank, self.hosts.local(rank), swap)
+        if self.memory is not None and self.groups.shard is not None and self.on_one_host:
+            silent_s = silence_s(self.groups.shard, self._timeout_s)
+            self._small = {kind: SmallAllReduces(self.memory, kind, silent_s) for kind in (AGREE, SUM)}
 
     def map_devices(self, devices: Iterable[torch.device]) -> None:
         """Let ranks read each other's memory on these CUDA devices, where ``reduce="shared"`` asks for it.
@@ -244,10 +250,11 @@ class Collectives:
     def scratch(self) -> list[Tensor]:
         """Return what exchanges receive in, for the memory report: at most 16 MiB and a few blocks for each group.
 
-        On CUDA devices that ranks map, what gradients are sent from (64 MiB) and blocks.
+        Where ranks share memory, four small buffers (comm/small.py). On CUDA devices that ranks map, what gradients are
+        sent from (64 MiB) and blocks.
         """
         over = [*self._exchanges.values(), *self._on_device.values()]
-        return [tensor for exchange in over for tensor in exchange.scratch()]
+        return [tensor for used in (*self._small.values(), *over) for tensor in used.scratch()]
 
     def _exchange_over(self, group: ProcessGroup) -> Exchange | Shared | Mixed:
         if group not in self._exchanges:
@@ -332,17 +339,26 @@ class Collectives:
         if self.groups.shard is None:
             return DONE
         return self.streams.launch(
-            lambda: self._start("all_reduce", self.groups.shard, tensor, dist.all_reduce, tensor, op, what=what)
+            lambda: self._start("all_reduce", self.groups.shard, tensor, self._combine, tensor, op, SUM, what=what)
         )
 
     def agree(self, votes: Tensor, what: str) -> None:
         """Combine uint8 CPU ``votes`` by maximum over all ranks, in place.
 
-        Collective: every rank of shard x replicate, over the hosts' own group: no device is waited for.
+        Collective: every rank of shard x replicate, over the hosts' own group or memory: no device is waited for.
         """
-        for group in (self.groups.shard_control, self.groups.replicate_control):
-            if group is not None:
-                self._start("agree", group, votes, dist.all_reduce, votes, dist.ReduceOp.MAX, what=what).wait()
+        shard, replicate = self.groups.shard_control, self.groups.replicate_control
+        if shard is not None:
+            self._start("agree", shard, votes, self._combine, votes, dist.ReduceOp.MAX, AGREE, what=what).wait()
+        if replicate is not None:
+            self._start("agree", replicate, votes, dist.all_reduce, votes, dist.ReduceOp.MAX, what=what).wait()
+
+    def _combine(
+        self, tensor: Tensor, op: dist.ReduceOp.RedOpType, kind: int, *, group: ProcessGroup, async_op: bool
+    ) -> Any:
+        if kind in self._small and tensor.device.type == "cpu" and tensor.nbytes <= MOST_NBYTES:
+            return self._small[kind].start(tensor, op)
+        return dist.all_reduce(tensor, op, group=group, async_op=async_op)
 
     def broadcast(self, tensor: Tensor, what: str) -> None:
         """Overwrite ``tensor`` with that of the first rank of shard x replicate."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-READY, READ, MAP, UNMAP = range(4)
+READY, READ, MAP, UNMAP, AGREE, SUM = range(6)
 
 _MESSAGE = struct.Struct("<IIQQ")  # kind, segment, number, bytes
 _MEETING_TIMEOUT_S = 30.0
@@ -58,6 +58,10 @@ class Mesh:
             self._peer_of[connection.fileno()] = peer
         weakref.finalize(self, _close, list(sockets.values()))
         _close_in_children(self)
+
+    def name(self, peer: int) -> str:
+        """Return what to call a peer in errors."""
+        return self._names[peer]
 
     def tell(self, kind: int, number: int, segment: int = 0, nbytes: int = 0, descriptor: int | None = None) -> None:
         """Send a message to every peer; never blocks. ``descriptor`` is kept open as long as it is needed."""
