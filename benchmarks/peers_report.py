@@ -142,9 +142,13 @@ def draw(run: dict[str, Any], path: Path) -> None:
 
     sections = run["sections"]
     height = max(len(rows(section)) for section in sections)
-    shape = {"figsize": (8 * len(sections), 1.2 + 0.3 * height), "layout": "constrained", "squeeze": False}
-    figure, axes = pyplot.subplots(1, len(sections), **shape)
-    for axis, section in zip(axes[0], sections, strict=True):
+    columns = min(2, len(sections))
+    lines = -(-len(sections) // columns)
+    shape = {"figsize": (8 * columns, lines * (1.2 + 0.3 * height)), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(lines, columns, **shape)
+    for axis in axes.flat[len(sections) :]:
+        axis.set_visible(False)
+    for axis, section in zip(axes.flat, sections, strict=False):
         found = rows(section)[::-1]
         places = range(len(found))
         steps = [median(row.step) for row in found]
