@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 NPROC ?= 2
 DEMO ?= runs/demo
-DEMO_STEPS ?= 700
+DEMO_STEPS ?= 600
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
