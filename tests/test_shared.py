@@ -27,10 +27,11 @@ from distadam.comm import mesh as mesh_module
 from distadam.comm import shared as shared_module
 from distadam.comm.exchange import Exchange
 from distadam.comm.mesh import READ, READY, Mesh
-from distadam.comm.shared import Reduction, Shared, SharedMemory, meet, stagger_nbytes
+from distadam.comm.shared import Reduction, Shared, SharedMemory, stagger_nbytes
 from distadam.engine import buffers
 from distadam.engine.buffers import BufferPool, FullBuffer
 from distadam.errors import CommError, ConfigError, UsageError
+from tests.host_memory import meet_ranks
 from tests.ranks import Pool, RanksFailed, run_ranks
 from tests.staggered import STAGGERED_ABOVE
 
@@ -144,19 +145,6 @@ def test_end_of_a_rank_shows_although_children_that_it_forked_live() -> None:
 # Memory and collectives -----------------------------------------------------------------------------------------------
 
 
-def _memory(rank: int) -> SharedMemory:
-    num_ranks = dist.get_world_size()
-
-    def swap(value: Any) -> list[Any]:
-        answers: list[Any] = [None] * num_ranks
-        dist.all_gather_object(answers, value)
-        return answers
-
-    memory = meet([f"rank {other}" for other in range(num_ranks)], rank, range(num_ranks), swap)
-    assert memory is not None
-    return memory
-
-
 def _values(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     return (torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-3, 4, (numel,), generator=generator)).to(
@@ -166,7 +154,7 @@ def _values(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
 
 def _same_as_exchange(rank: int) -> None:
     num_ranks = dist.get_world_size()
-    memory = _memory(rank)
+    memory = meet_ranks(rank)
     by_messages = Exchange(dist.group.WORLD, None)
     over = Shared(memory, lambda: by_messages, 60.0)
     for dtype in DTYPES:
@@ -206,7 +194,7 @@ def test_results_have_the_bits_of_exchange(num_ranks: int) -> None:
 
 def _reuses(rank: int, waits: bool) -> bool:
     """Overwrite the buffer after the own sum, with or without waiting for the peer to have read it."""
-    memory = _memory(rank)
+    memory = meet_ranks(rank)
     over = Shared(memory, lambda: Exchange(dist.group.WORLD, None), 60.0)
     full, shard = memory.empty(2 * 4096, torch.float32), torch.empty(4096)
     right = True
@@ -247,7 +235,7 @@ def _leaks(rank: int) -> tuple[int, int]:
             return len(os.listdir("/proc/self/fd")), sum("memfd:distadam" in line for line in maps)
 
     before = look()
-    memory = _memory(rank)
+    memory = meet_ranks(rank)
     buffers = [memory.empty(1000, torch.float32) for _ in range(100)]
     _await_mapped(memory, 100 * (dist.get_world_size() - 1))
     for buffer in buffers[:50]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -15,23 +16,10 @@ from torch import Tensor, nn
 import distadam
 from distadam import CommPolicy
 from distadam.comm.mesh import AGREE, SUM
-from distadam.comm.shared import SharedMemory, meet
 from distadam.comm.small import SmallAllReduce, SmallAllReduces
 from distadam.errors import CommError
+from tests.host_memory import meet_ranks
 from tests.ranks import RanksFailed, run_ranks
-
-
-def _memory(rank: int) -> SharedMemory:
-    num_ranks = dist.get_world_size()
-
-    def swap(value: Any) -> list[Any]:
-        answers: list[Any] = [None] * num_ranks
-        dist.all_gather_object(answers, value)
-        return answers
-
-    memory = meet([f"rank {other}" for other in range(num_ranks)], rank, range(num_ranks), swap)
-    assert memory is not None
-    return memory
 
 
 def _values(rank: int, number: int) -> Tensor:
@@ -51,7 +39,7 @@ def _combined(num_ranks: int, number: int) -> Tensor:
 
 def _reduce(rank: int, fault: str, numbers: range) -> int:
     """Return how many results were wrong here; rank 1 is late in reading what it knows to be there."""
-    memory = _memory(rank)
+    memory = meet_ranks(rank)
     small = SmallAllReduces(memory, SUM, 30.0)
     real_buffer, wait, wrong = small._buffer, memory.mesh.wait, 0
     if fault == "one buffer":
@@ -93,7 +81,7 @@ def test_a_late_rank_would_read_what_comes_after(fault: str) -> None:
 
 
 def _bring(rank: int, numel: int) -> None:
-    small = SmallAllReduces(_memory(rank), AGREE, 30.0)
+    small = SmallAllReduces(meet_ranks(rank), AGREE, 30.0)
     small.start(torch.zeros(numel + rank, dtype=torch.uint8), dist.ReduceOp.MAX).wait()
 
 
@@ -102,6 +90,27 @@ def test_ranks_that_bring_unequal_numbers_of_bytes_are_told_so() -> None:
         run_ranks(2, _bring, 40)
     assert failed.value.errors[0] == ("RuntimeError", "expected 40 bytes of every rank but got 41 of rank 1")
     assert failed.value.errors[1] == ("RuntimeError", "expected 41 bytes of every rank but got 40 of rank 0")
+
+
+def _wait_twice(rank: int) -> bool:
+    """Two threads of rank 0 wait for one result, the peer being late: as `grad_norm` is read while a step begins."""
+    small = SmallAllReduces(meet_ranks(rank), SUM, 5.0)
+    for _ in range(5):
+        if rank == 1:
+            time.sleep(0.05)
+        values = torch.ones(3)
+        work = small.start(values, dist.ReduceOp.SUM)
+        beside = threading.Thread(target=work.wait, daemon=True)
+        beside.start()
+        work.wait()
+        beside.join(20.0)
+        if beside.is_alive() or not torch.equal(values, torch.full((3,), 2.0)):
+            return False
+    return True
+
+
+def test_two_threads_may_wait_for_one_result() -> None:
+    assert run_ranks(2, _wait_twice) == [True, True]
 
 
 def _train(rank: int, reduce: Any, sends: bool) -> Tensor:

@@ -11,6 +11,7 @@ the other.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -98,6 +99,7 @@ class SmallAllReduce:
         self._tensors: tuple[Tensor, Tensor] | None = (tensor, mine)  # until it is done: they are the caller's
         self._combine = combine
         self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # who starts the next may complete this one while another thread waits for it
 
     def is_completed(self) -> bool:
         """Say whether waiting would return at once: every peer's part is there."""
@@ -109,9 +111,13 @@ class SmallAllReduce:
         Raises:
             RuntimeError: names the peer that has ended, is silent, or has brought another number of bytes.
         """
-        if self._tensors is None:
-            return True
-        memory, (tensor, mine) = self._memory, self._tensors
+        with self._lock:
+            if self._tensors is not None:
+                self._complete(*self._tensors)
+        return True
+
+    def _complete(self, tensor: Tensor, mine: Tensor) -> None:
+        memory = self._memory
         segments = memory.mesh.wait(*self._token, self._timeout_s)
         self._tensors = None
         parts = {memory.mesh.rank: mine}
@@ -126,4 +132,3 @@ class SmallAllReduce:
             tensor.copy_(parts[0])
             for rank in range(1, len(parts)):
                 self._combine(tensor, parts[rank], out=tensor)
-        return True
