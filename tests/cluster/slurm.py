@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "srun")
@@ -128,3 +129,20 @@ class Cluster:
         """Return a job's state as ``scontrol`` shows it: RUNNING, PENDING, COMPLETED, ..."""
         shown = self.run("scontrol", "show", "job", job)
         return shown.split("JobState=")[1].split()[0]
+
+
+def until(met: Callable[[], bool], said: Callable[[], str], seconds: float = 150.0) -> None:
+    """Wait while the job says something new now and then: how fast it trains is the machine's matter."""
+    heard, ends = "", time.monotonic() + seconds
+    while not met():
+        if said() != heard:
+            heard, ends = said(), time.monotonic() + seconds
+        assert time.monotonic() < ends, f"nothing new for {seconds} s:\n{heard}"
+        time.sleep(0.3)
+
+
+def completed(cluster: Cluster, job: str, said: Callable[[], str]) -> None:
+    """Wait for a job's end, which must be a good one."""
+    until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), said)
+    about = cluster.run("scontrol", "show", "job", job) + (cluster.folder / "ctld.log").read_text()[-3000:]
+    assert cluster.state(job) == "COMPLETED", said() + about

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Cluster
+from tests.cluster.slurm import Cluster, completed
 from tests.cluster.slurm import missing as slurm_missing
 from tests.mpi import environments
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SCRIPT = """
 import hashlib, sys
@@ -59,15 +58,12 @@ def test_every_launcher_trains_to_the_same_bits(tmp_path: Path) -> None:
         start(library, "mpirun.sh", PYTHON=f"{programs}/python", MPIEXEC=f"{programs}/mpiexec", MPIEXEC_ARGS=options)
     (tmp_path / "cluster").mkdir()
     with Cluster(tmp_path / "cluster") as cluster:
-        for name, python in (("slurm", sys.executable), ("slurm_mpi", f"{environments.folder('mpich')}/python")):
+        for name, programs in (("slurm", Path(sys.executable).parent), ("slurm_mpi", environments.folder("mpich"))):
             output = tmp_path / f"{name}.out"
             command = ["sbatch", "--parsable", f"--output={output}", f"{ROOT}/launch/{name}.sbatch", str(script)]
-            more = {"PYTHON": python, "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-            job = cluster.run(*command, str(tmp_path / name), **more).strip()
-            ends = time.monotonic() + 120
-            while cluster.state(job) != "COMPLETED":
-                assert time.monotonic() < ends, output.read_text() if output.exists() else cluster.state(job)
-                time.sleep(0.3)
+            more = {"PYTHON": f"{programs}/python", "MPIEXEC": f"{programs}/mpiexec", "PYTHONPATH": str(ROOT)}
+            job = cluster.run(*command, str(tmp_path / name), **more, NPROC="1", MASTER_ADDR="127.0.0.1").strip()
+            completed(cluster, job, lambda path=output: path.read_text() if path.exists() else "")
 
     found = {}
     for name in ("torchrun", "mpich", "openmpi", "slurm", "slurm_mpi"):

@@ -7,13 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Cluster, missing
+from tests.cluster.slurm import Cluster, completed, missing, until
 from tests.mpi import environments
 
 ROOT = Path(__file__).parents[2]
@@ -29,23 +27,6 @@ def cluster(tmp_path):
     (tmp_path / "slurm").mkdir()
     with Cluster(tmp_path / "slurm") as started:
         yield started
-
-
-def until(met: Callable[[], bool], said: Callable[[], str], seconds: float = 150.0) -> None:
-    """Wait while the job says something new now and then: how fast it trains is the machine's matter."""
-    heard, ends = "", time.monotonic() + seconds
-    while not met():
-        if said() != heard:
-            heard, ends = said(), time.monotonic() + seconds
-        assert time.monotonic() < ends, f"nothing new for {seconds} s:\n{heard}"
-        time.sleep(0.3)
-
-
-def completed(cluster: Cluster, job: str, said: Callable[[], str]) -> None:
-    """Wait for a job's end, which must be a good one."""
-    until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), said)
-    about = cluster.run("scontrol", "show", "job", job) + (cluster.folder / "ctld.log").read_text()[-3000:]
-    assert cluster.state(job) == "COMPLETED", said() + about
 
 
 STUB = """#!/usr/bin/env bash
@@ -82,40 +63,34 @@ def test_sbatch_starts_torchrun_on_every_node_and_goes_back_into_the_queue_after
     assert "node 1 done" in said()
 
 
-TORN = "slurmstepd: error: mpi/pmi2: request not begin with 'cmd='"
-LOSES = """#!/usr/bin/env bash
-[ "$SLURM_NODEID" = 0 ] || exit 0
-echo started >> starts
-[ "$(wc -l < starts)" -gt "$3" ] && exit 0
-echo "$4" >&2
-sleep "$5"
-exit 15
+ECHO = """#!/usr/bin/env bash
+[ "$1" != --version ] || { echo "$VERSION"; exit; }
+echo "$(basename "$0") on node $SLURM_NODEID: $*"
 """
 
 
 @pytest.mark.parametrize(
-    ("num_lost", "words", "hangs_s", "state", "num_starts"),
+    ("settings", "state", "words"),
     [
-        (2, TORN, 0, "COMPLETED", 3),
-        (1, TORN, 600, "COMPLETED", 2),
-        (9, TORN, 0, "FAILED", 3),
-        (9, "another error", 0, "FAILED", 1),
+        ({}, "COMPLETED", ["mpiexec on node 0: -n 2 {python} -m mpi4py train.py --name a b\n"]),
+        ({"MPI_TYPE": "none"}, "COMPLETED", [f"python on node {node}: -m mpi4py train.py --name a" for node in (0, 1)]),
+        ({"VERSION": "mpiexec (OpenRTE) 4.1"}, "FAILED", ["Open MPI's", "set MPI_TYPE=pmix"]),
     ],
-    ids=["twice", "hangs", "always", "otherwise"],
+    ids=["mpiexec", "srun", "open-mpi"],
 )
-def test_start_that_slurms_pmi_lost_is_repeated_and_another_is_not(
-    cluster, tmp_path, num_lost, words, hangs_s, state, num_starts
-):
-    """What Slurm says, said by a script in Python's place: the fault itself comes by chance (docs/log.md)."""
-    stub, output = tmp_path / "python", tmp_path / "job.out"
-    stub.write_text(LOSES)
-    stub.chmod(0o755)
+def test_sbatch_starts_mpi_ranks_by_mpiexec_or_by_srun(cluster, tmp_path, settings, state, words):
+    """A script in the place of Python and of mpiexec says how it was called."""
+    output, python, mpiexec = (tmp_path / name for name in ("job.out", "python", "mpiexec"))
+    for stub in (python, mpiexec):
+        stub.write_text(ECHO)
+        stub.chmod(0o755)
     options = ["--parsable", f"--output={output}", f"--chdir={tmp_path}", str(ROOT / "launch/slurm_mpi.sbatch")]
-    job = cluster.run("sbatch", *options, str(num_lost), words, str(hangs_s), PYTHON=str(stub)).strip()
+    settings = {"PYTHON": str(python), "MPIEXEC": str(mpiexec), "VERSION": "HYDRA build details"} | settings
+    job = cluster.run("sbatch", *options, "train.py", "--name", "a b", **settings).strip()
     until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), lambda: cluster.state(job), 60)
     assert cluster.state(job) == state, output.read_text()
-    assert (tmp_path / "starts").read_text().count("started") == num_starts, output.read_text()
-    assert "start 1 of 3 was lost by Slurm's PMI" in output.read_text() or words != TORN
+    for part in words:
+        assert output.read_text().count(part.format(python=python)) == 1, output.read_text()
 
 
 START = """
@@ -168,11 +143,11 @@ def whole(tmp_path_factory):
 def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stopped(
     cluster, tmp_path, whole, script_name
 ):
-    python = sys.executable
+    programs = Path(sys.executable).parent
     if script_name == "slurm_mpi.sbatch":
         if environments.missing("mpich"):
             pytest.skip(environments.missing("mpich"))
-        python = str(environments.folder("mpich") / "python")
+        programs = environments.folder("mpich")
     output = tmp_path / "job.out"
 
     def said() -> str:
@@ -185,8 +160,8 @@ def test_training_is_requeued_and_resumed_with_the_loss_of_a_run_that_never_stop
     script = [str(ROOT / "launch" / script_name), str(ROOT / "examples/train_gpt.py"), *OPTIONS]
     script += ["--out", str(tmp_path / "run"), "--resume", str(tmp_path / "checkpoints"), "--log-every", "1"]
     command = ["sbatch", "--parsable", f"--output={output}", f"--chdir={tmp_path}", *script]
-    settings = {"PYTHON": python, "PYTHONPATH": str(ROOT), "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "SAVE_S": "60"}
-    job = cluster.run(*command, **settings).strip()
+    settings = {"PYTHON": f"{programs}/python", "MPIEXEC": f"{programs}/mpiexec", "PYTHONPATH": str(ROOT)}
+    job = cluster.run(*command, **settings, NPROC="1", MASTER_ADDR="127.0.0.1", SAVE_S="60").strip()
     until(lambda: len(points()) >= 5, said)
     assert ("backend mpi4py" if script_name == "slurm_mpi.sbatch" else "launcher torchrun, backend gloo") in said()
     cluster.run("scancel", "--batch", "--signal=USR1", job)
