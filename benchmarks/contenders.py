@@ -111,6 +111,7 @@ def deepspeed_zero(work: Workload, stage: int) -> Trainer:
     config = {
         "train_micro_batch_size_per_gpu": len(work.batches[0][0]),
         "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,  # the default is 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
