@@ -97,6 +97,7 @@ class SmallAllReduce:
         self._memory = memory
         self._token = token
         self._tensors: tuple[Tensor, Tensor] | None = (tensor, mine)  # until it is done: they are the caller's
+        self._segments: dict[int, int] = {}  # where peers have their parts, once they are there
         self._combine = combine
         self._timeout_s = timeout_s
         self._lock = threading.Lock()  # who starts the next may complete this one while another thread waits for it
@@ -118,10 +119,9 @@ class SmallAllReduce:
 
     def _complete(self, tensor: Tensor, mine: Tensor) -> None:
         memory = self._memory
-        segments = memory.mesh.wait(*self._token, self._timeout_s)
-        self._tensors = None
+        self._segments = self._segments or memory.mesh.wait(*self._token, self._timeout_s)
         parts = {memory.mesh.rank: mine}
-        for peer, segment in segments.items():
+        for peer, segment in self._segments.items():
             nbytes = int(memory.view(peer, segment, torch.int64, 1))
             if nbytes != tensor.nbytes:
                 raise RuntimeError(
@@ -132,3 +132,4 @@ class SmallAllReduce:
             tensor.copy_(parts[0])
             for rank in range(1, len(parts)):
                 self._combine(tensor, parts[rank], out=tensor)
+        self._tensors = None

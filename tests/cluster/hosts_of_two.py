@@ -20,6 +20,7 @@ from torch import nn
 
 import distadam
 from distadam import CommPolicy
+from tests.interface import num_sent_again, sent
 
 WAYS = ("auto", "exchange", "native")
 SHAPES = [(1023, 999), (7,), (257, 301), (1,)]
@@ -30,14 +31,8 @@ SEGMENT_NBYTES = 1500 - 20 - 32
 
 def sent_nbytes() -> int:
     """Return the data that eth0 of this host has sent, the last segment of each retransmission rounded up."""
-    snmp = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:")]
-    num_again = int(snmp[1][snmp[0].index("RetransSegs")])
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == "eth0":
-            nbytes, num_packets = map(int, counters.split()[8:10])
-            return nbytes - HEADERS_NBYTES * num_packets - SEGMENT_NBYTES * num_again
-    raise AssertionError("expected an interface eth0")
+    nbytes, num_packets = sent("eth0")
+    return nbytes - HEADERS_NBYTES * num_packets - SEGMENT_NBYTES * num_sent_again()
 
 
 def train(rank: int, reduce: Any) -> dict[str, Any]:
