@@ -99,10 +99,11 @@ def test_results_have_the_bits_of_exchange(num_ranks: int, stage_nbytes: int) ->
 Place = tuple[str, int]
 
 
-def _barriers(rank: int, dropped: Place | None) -> tuple[bool, list[Place]]:
+def _barriers(rank: int, dropped: Place | None, seed: int = 0) -> tuple[bool, list[Place]]:
     """Reduce and gather with late devices, one barrier taken out; return whether all was right, and what was passed."""
     num_ranks, numel, right = dist.get_world_size(), 4096, True
-    with devices(latest_s=0.004, dropped=dropped), mock.patch.object(symmetric_module, "STAGE_NBYTES", 64 << 10):
+    small_stage = mock.patch.object(symmetric_module, "STAGE_NBYTES", 64 << 10)
+    with devices(latest_s=0.004, dropped=dropped, seed=seed), small_stage:
         over = _symmetric(rank)
         full, shard = torch.empty(num_ranks * 2 * numel), torch.empty(2 * numel)
         mapped, private = over.empty(num_ranks * numel, torch.float32), torch.empty(num_ranks * numel)
@@ -137,7 +138,9 @@ def test_each_barrier_is_needed() -> None:
     places = clean[0][1]
     assert sorted(name for name, _ in places) == ["_add", "_add", "_copy", "_copy", "_pass_on", "_pass_on"]
     for place in places:
-        assert not all(right for right, _ in run_ranks(2, _barriers, place)), f"{place} does nothing"
+        # Who is late is drawn; on a busy machine a few runs may draw nothing that shows.
+        runs = (run_ranks(2, _barriers, place, seed) for seed in range(20))
+        assert not all(right for run in runs for right, _ in run), f"{place} does nothing"
 
 
 def _memory_is_bounded(rank: int) -> tuple[int, int]:
